@@ -1,0 +1,390 @@
+"""Actor-critic with latent imagination and latent-guided MPC, on top of any latent world model.
+
+Holds Eq. (18), the objectives of actor and critic, and Eq. (19), the lambda-return (Appendix A of
+the MuMMI paper, after [Dreamer], Hafner et al., arXiv 1912.01603), and the latent-guided model
+predictive control of [CVRL] (Ma et al., arXiv 2008.02430).
+
+symbol   name here   meaning                                            size
+z        latent      what actor, critic and reward head read            D_z
+a        action      in [-1, 1]                                         A
+r        reward      predicted reward of an imagined state
+v_psi    value       the critic's estimate of the return from a state
+V_lambda returns     lambda-return of an imagined state
+
+Shapes: H imagined steps, N = T * B start states, B environments, A action size. Time first.
+
+The world model is passed in and needs `observe`, `imagine_step`, `latent`, `reward` and
+`initial_state` (see `mssm.py`); so is the objective, `objective(model, filtered, batch)`, that
+returns the loss of the world model and a dictionary of scalars to log.
+
+    agent = Agent(model, objective, action_size=4)
+    metrics = agent.update(batch)                       # one gradient step of all three
+    memory = agent.initial_memory(num_envs)
+    action, memory = agent.act(memory, observation, present, first, explore=True)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MEAN_SCALE = 5.0  # [code] keeps the mean before tanh within (-5, 5)
+
+
+class Memory(NamedTuple):
+    """What acting carries from one decision to the next."""
+
+    state: tuple  # the world model's state, each (B, D)
+    action: torch.Tensor  # (B, A)  the last action executed
+
+
+def mlp(sizes, activation):
+    """Linear layers of the given sizes with `activation` between them."""
+    layers = []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(size_in, size_out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def initialise(module):
+    """Keras' defaults, [code]: Glorot uniform kernels, zero biases."""
+    for parameter in module.parameters():
+        nn.init.xavier_uniform_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+
+
+# ---- 1. Actor (Fig. 12) and critic (Fig. 13) -----------------------------------------------------
+
+
+class Actor(nn.Module):
+    """pi(a | z), Fig. 12: four ELU layers, then a Gaussian squashed by tanh."""
+
+    def __init__(self, latent_size, action_size, units=400, initial_std=5.0):
+        super().__init__()
+        self.initial_std = initial_std  # before tanh, of the untrained actor
+        self.net = mlp([latent_size, units, units, units, units, 2 * action_size], nn.ELU)
+        initialise(self)
+
+    def forward(self, latent):
+        """Mean and standard deviation before tanh. (..., D_z) -> (..., A), (..., A)"""
+        mean, raw_std = self.net(latent).float().chunk(2, -1)
+        mean = MEAN_SCALE * torch.tanh(mean / MEAN_SCALE)
+        std = F.softplus(raw_std + math.log(math.exp(self.initial_std) - 1)) + 1e-4
+        return mean, std
+
+    def sample(self, latent):
+        """A reparameterised action. (..., D_z) -> (..., A)"""
+        mean, std = self(latent)
+        return torch.tanh(mean + std * torch.randn_like(std))
+
+    def mode(self, latent):
+        """The tanh of the mean. (..., D_z) -> (..., A).  Dev. D12"""
+        return torch.tanh(self(latent)[0])
+
+    def entropy(self, latent):
+        """One-sample estimate of the entropy of pi(a | z). (..., D_z) -> (...) nats"""
+        mean, std = self(latent)
+        noise = torch.randn_like(std)
+        u = mean + std * noise
+        log_normal = -0.5 * noise.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log of d tanh(u) / du
+        return (log_slope - log_normal).sum(-1)
+
+
+class Critic(nn.Module):
+    """v_psi(z), Fig. 13: three ELU layers."""
+
+    def __init__(self, latent_size, units=400):
+        super().__init__()
+        self.net = mlp([latent_size, units, units, units, 1], nn.ELU)
+        initialise(self)
+
+    def forward(self, latent):
+        """(..., D_z) -> (...)"""
+        return self.net(latent).squeeze(-1).float()
+
+
+# ---- 2. Latent imagination and the lambda-return, Eq. (19) ---------------------------------------
+
+
+def imagine(model, policy, state, horizon):
+    """Appendix A: roll the policy out in the world model, without observations.
+
+    policy   latent (N, D_z) -> action (N, A)
+    state    the model's state before the first action, each (N, D)
+    returns  latent (H, N, D_z) of the states that the actions lead to, action (H, N, A)
+
+    The policy sees its latents detached, [code]: the gradient reaches an action through what it
+    causes, not through what caused it.
+    """
+    latents, actions = [], []
+    for _ in range(horizon):
+        action = policy(model.latent(*state).detach())
+        state = model.imagine_step(state, action)
+        latents.append(model.latent(*state))
+        actions.append(action)
+    return torch.stack(latents), torch.stack(actions)
+
+
+def lambda_return(reward, value, discount, bootstrap, lambda_):
+    """Eq. (19): R[t] = reward[t] + discount[t] ((1 - lambda) value[t+1] + lambda R[t+1]).
+
+    reward, value, discount  (H, ...)  value[t] belongs to step t; value[0] is not read
+    bootstrap                (...)     takes the place of value and R after the last step
+    lambda_                  float in [0, 1]
+    returns                  (H, ...)
+    """
+    next_value = torch.cat([value[1:], bootstrap.unsqueeze(0)])
+    target = reward + discount * (1 - lambda_) * next_value
+    returns, following = [], bootstrap
+    for t in reversed(range(len(reward))):
+        following = target[t] + discount[t] * lambda_ * following
+        returns.append(following)
+    return torch.stack(returns[::-1])
+
+
+# ---- 3. Objectives of the behaviour, Eq. (18) ----------------------------------------------------
+
+
+def actor_loss(returns, weight):
+    """Eq. (18): max over eta of E[sum of V_lambda(z)], as a mean to be minimised.
+
+    returns, weight  (H, N)  weight[t] = discount^t, [code]
+    """
+    return -(weight * returns).mean()
+
+
+def critic_loss(value, returns, weight):
+    """Eq. (18): min over psi of E[sum of 1/2 || v(z) - V_lambda(z) ||^2], as a mean.
+
+    value, returns, weight  (H, N)  the returns are targets: no gradient flows into them
+    """
+    return (weight * 0.5 * (value - returns.detach()).square()).mean()
+
+
+# ---- 4. The agent --------------------------------------------------------------------------------
+
+
+class Agent:
+    """The world model's, the actor's and the critic's parameters with their three optimisers.
+
+    model, objective   see the module's docstring
+    action_size        A
+    horizon            H imagined steps
+    discount, lambda_  of Eq. (19)
+    initial_std        of the untrained actor, before tanh
+    mpc_rate           step along the gradient of the return; mpc_iterations 0 switches MPC off
+    exploration        standard deviation of the noise added to training actions
+    bfloat16           run the networks under bfloat16 autocast; losses stay in float32
+    """
+
+    def __init__(self, model, objective, action_size, units=400, horizon=15, discount=0.99,
+                 lambda_=0.95, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
+                 mpc_rate=0.003, mpc_iterations=1, exploration=0.3, device="cpu", bfloat16=False):  # fmt: skip
+        self.device, self.bfloat16 = torch.device(device), bfloat16
+        self.action_size, self.horizon, self.discount, self.lambda_ = action_size, horizon, discount, lambda_
+        self.mpc_rate, self.mpc_iterations, self.exploration = mpc_rate, mpc_iterations, exploration
+        self.clip = clip
+
+        self.model, self.objective = model.to(self.device), objective
+        latent_size = model.latent(*model.initial_state(1, self.device)).shape[-1]
+        self.actor = Actor(latent_size, action_size, units, initial_std).to(self.device)
+        self.critic = Critic(latent_size, units).to(self.device)
+        self.optimisers = {
+            "model": self.adam(self.model, model_lr),
+            "actor": self.adam(self.actor, actor_lr),
+            "critic": self.adam(self.critic, critic_lr),
+        }
+
+    def adam(self, module, learning_rate):
+        """Adam with Keras' epsilon [code]; on a GPU one fused kernel that a CUDA graph can hold."""
+        cuda = self.device.type == "cuda"
+        return torch.optim.Adam(module.parameters(), learning_rate, eps=1e-7, fused=cuda, capturable=cuda)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    # -- learning --
+
+    def update(self, batch):
+        """Appendix A: learn the world model from a batch, then the behaviour in its imagination.
+
+        batch    observation {name: (T, B, ...)}, present (T, B, M), action (T, B, A),
+                 reward (T, B); action[t] led to observation[t], which came with reward[t]
+        returns  {name: ()} on the device, detached
+        """
+        # World model: Eq. (17), or another objective
+        with self.autocast():
+            filtered = self.model.observe(batch["observation"], batch["present"], batch["action"])
+            loss, metrics = self.objective(self.model, filtered, batch)
+        metrics["model_loss"], metrics["model_grad_norm"] = loss, self.optimise("model", loss)
+
+        # Latent imagination from every posterior state
+        with self.autocast():
+            start = self.model.state(filtered)  # each (N, D), detached
+            latent, _ = imagine(self.model, self.actor.sample, start, self.horizon)
+        returns = self.returns(latent)  # (H - 1, N)
+        steps = torch.arange(len(returns), device=self.device).unsqueeze(-1)
+        weight = self.discount**steps  # (H - 1, 1)
+
+        # Actor and critic: Eq. (18)
+        loss = actor_loss(returns, weight)
+        metrics["actor_loss"], metrics["actor_grad_norm"] = loss, self.optimise("actor", loss)
+        with self.autocast():
+            value = self.critic(latent[:-1].detach())
+        loss = critic_loss(value, returns, weight)
+        metrics["critic_loss"], metrics["critic_grad_norm"] = loss, self.optimise("critic", loss)
+
+        with torch.no_grad(), self.autocast():
+            metrics["actor_entropy"] = self.actor.entropy(self.model.latent(*start)).mean()
+        metrics["imagined_return"] = returns.mean()
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def returns(self, latent):
+        """Eq. (19) of imagined states, by the predicted rewards and the critic's values.
+
+        latent   (H, N, D_z)
+        returns  (H - 1, N)  the last state is worth what the critic says
+        """
+        with self.autocast():
+            reward, value = self.model.reward(latent), self.critic(latent)  # (H, N)
+        discount = torch.full_like(reward, self.discount)
+        return lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], self.lambda_)
+
+    def optimise(self, name, loss):
+        """One Adam step of one module alone; returns the norm of its gradient before clipping.
+
+        The backward pass is asked for this module's gradients only, so that none of the three
+        losses reaches the parameters of another.
+        """
+        optimiser = self.optimisers[name]
+        parameters = optimiser.param_groups[0]["params"]
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward(inputs=parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip)
+        optimiser.step()
+        return norm
+
+    # -- acting --
+
+    def initial_memory(self, num_envs):
+        """Memory before the first decision of `num_envs` environments."""
+        action = torch.zeros(num_envs, self.action_size, device=self.device)
+        return Memory(self.model.initial_state(num_envs, self.device), action)
+
+    def act(self, memory, observation, present, first, explore):
+        """Filter the observations into the posterior, plan, and choose one action an environment.
+
+        memory       Memory of the decision before
+        observation  {name: (B, ...)}, present (B, M)
+        first        (B,)  bool, True where an episode begins: the memory there is forgotten
+        explore      True in training: sampled actions plus noise; False: the mode, no noise
+        returns      action (B, A) in [-1, 1], Memory
+        """
+        with torch.no_grad(), self.autocast():
+            memory = self.forget(memory, first)
+            observation = {name: x.unsqueeze(0) for name, x in observation.items()}
+            filtered = self.model.observe(
+                observation, present.unsqueeze(0), memory.action.unsqueeze(0), memory.state
+            )
+            state = self.model.state(filtered)
+            policy = self.actor.sample if explore else self.actor.mode
+            action = policy(self.model.latent(*state))
+        if self.mpc_iterations > 0:
+            action = self.plan(state, policy)
+        if explore:
+            action = action + self.exploration * torch.randn_like(action)
+        action = action.clamp(-1, 1)
+        return action, Memory(state, action)
+
+    def forget(self, memory, first):
+        """Memory with everything zero where an episode begins. first (B,) bool"""
+        fresh, first = self.initial_memory(len(first)), first.unsqueeze(-1)
+        state = [torch.where(first, new, old) for new, old in zip(fresh.state, memory.state)]
+        return Memory(fresh.state._make(state), torch.where(first, fresh.action, memory.action))
+
+    def plan(self, state, policy):
+        """Latent-guided MPC, [CVRL]: improve the policy's plan by the gradient of its return.
+
+        state    the model's state, each (B, D)
+        policy   latent (B, D_z) -> action (B, A)
+        returns  (B, A)  the first action of the improved plan
+
+        Every environment follows the gradient of its own return (Dev. D13): returns of different
+        environments share no variable, so the gradient of their sum is the gradient of each.
+        """
+        plan = []  # H actions (B, A)
+
+        def follow(latent):
+            """The planned action; the policy's own on the first iteration. A leaf of the graph."""
+            with torch.no_grad():
+                action = plan[len(leaves)] if plan else policy(latent)
+            leaves.append(action.requires_grad_())
+            return action
+
+        for _ in range(self.mpc_iterations):
+            leaves = []
+            with self.autocast():
+                latent, _ = imagine(self.model, follow, state, self.horizon)
+            gradients = torch.autograd.grad(self.returns(latent)[0].sum(), leaves)
+            plan = [(a + self.mpc_rate * g).detach().clamp(-1, 1) for a, g in zip(leaves, gradients)]
+        return plan[0]
+
+    # -- checkpoints --
+
+    def state_dict(self):
+        """Parameters and optimisers, as tensors and numbers only."""
+        return {
+            "model": self.model.state_dict(), "actor": self.actor.state_dict(), "critic": self.critic.state_dict(),
+            **{f"{name}_optimiser": optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+        }  # fmt: skip
+
+    def load_state_dict(self, state):
+        """Take over what `state_dict` gave. Raises RuntimeError where shapes differ."""
+        for name in ("model", "actor", "critic"):
+            getattr(self, name).load_state_dict(state[name])
+            self.optimisers[name].load_state_dict(state[f"{name}_optimiser"])
+
+
+if __name__ == "__main__":
+
+    class Point(NamedTuple):
+        x: torch.Tensor  # (N, 2)
+
+    class World(nn.Module):
+        """A world that needs no learning: actions move a point, reward falls with its distance from 0."""
+
+        def __init__(self):
+            super().__init__()
+            self.offset = nn.Parameter(torch.zeros(2))
+
+        def initial_state(self, batch_size, device=None):
+            return Point(torch.zeros(batch_size, 2))
+
+        def observe(self, observation, present, action, state=None):
+            return observation["x"] + self.offset
+
+        def state(self, filtered):
+            return Point(filtered.flatten(0, 1).detach())
+
+        def latent(self, x):
+            return x
+
+        def imagine_step(self, state, action):
+            return Point(state.x + 0.2 * action)
+
+        def reward(self, latent):
+            return -latent.square().sum(-1)
+
+    torch.manual_seed(0)
+    objective = lambda model, filtered, batch: (model.offset.square().sum(), {})  # noqa: E731
+    agent = Agent(World(), objective, 2, units=32, horizon=8, actor_lr=1e-2, critic_lr=1e-2)
+    observation, present, first = {"x": torch.tensor([[0.8, -0.8]])}, torch.ones(1, 1), torch.ones(1).bool()
+    for update in range(21):
+        if update % 10 == 0:
+            memory = agent.initial_memory(1)
+            action, memory = agent.act(memory, observation, present, first, explore=False)
+            print(f"after {update:2} updates the action {tuple(action.shape)} at (0.8, -0.8) is {action.tolist()}")
+        x = torch.rand(4, 4, 2) * 2 - 1
+        metrics = agent.update({"observation": {"x": x}, "present": None, "action": None})

@@ -1,0 +1,99 @@
+"""Draws what the sensors of each task give during one episode, into docs/<task>.png.
+
+    python docs/contact_sheet.py
+
+Above, ten moments of an episode under smooth random actions: each camera as the agent gets
+it, black where it is missing; depth in metres; the foreground, which no sensor gives.
+Below, the whole episode: the vector sensors, shaded where missing, and who is present when.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SEED = 2  # with it the random actions catch the ball for a while
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from envs import TASKS, make_env
+
+
+def record(task):
+    """One episode: images and vectors by name, a list over time each, and missing (T, M)."""
+    env = make_env(task, seed=SEED)
+    rng = np.random.default_rng(0)
+    images, vectors, truncated = {}, {}, False
+    action = np.zeros(env.action_space.shape)
+    observation, _ = env.reset()
+    while True:
+        for name in env.world.spaces:
+            kind = images if observation[name].ndim == 3 else vectors
+            kind.setdefault(name, []).append(observation[name])
+        if task.startswith("toy"):
+            images.setdefault("the world", []).append(env.render())
+        else:
+            images.setdefault("foreground", []).append(env.world.foreground)
+        if truncated:
+            env.close()
+            return images, vectors, env.missing
+        action = 0.9 * action + 0.4 * rng.normal(size=action.shape)
+        observation, _, _, truncated, _ = env.step(action)
+
+
+def draw(task):
+    """The contact sheet of one task as a matplotlib figure."""
+    images, vectors, missing = record(task)
+    sensors = make_env(task).world.spaces
+    time = np.arange(len(missing))
+    moments = np.linspace(0, time[-1], 10).astype(int)
+
+    heights = [1] * len(images) + [1.3] * len(vectors) + [0.25 * len(sensors)]
+    figure = plt.figure(figsize=(12, 1.3 * sum(heights) + 0.6), layout="constrained")
+    grid = figure.add_gridspec(len(heights), len(moments) + 1, height_ratios=heights,
+                               width_ratios=[1] * len(moments) + [0.1])
+    for row, (name, pictures) in enumerate(images.items()):
+        for column, t in enumerate(moments):
+            axes = figure.add_subplot(grid[row, column], xticks=[], yticks=[])
+            gone = name in sensors and missing[t, list(sensors).index(name)]
+            if name == "depth" and not gone:
+                # Nearest and farthest part of the body in the episode; beyond it is floor.
+                body = [d[f] for d, f in zip(pictures, images["foreground"]) if d.any()]
+                near, far = np.concatenate(body).min(), np.concatenate(body).max()
+                drawn = axes.imshow(pictures[t], cmap="magma_r", vmin=near, vmax=2 * far - near)
+            else:
+                axes.imshow(pictures[t], cmap="gray", vmin=0, vmax=1)
+            if gone:
+                axes.text(0.5, 0.5, "missing", color="w", ha="center", va="center",
+                          transform=axes.transAxes)
+            if row == 0:
+                axes.set_title(f"{t}", fontsize=9)
+            if column == 0:
+                axes.set_ylabel(name)
+        if name == "depth":
+            figure.colorbar(drawn, figure.add_subplot(grid[row, -1]), label="metres", extend="max")
+    for row, (name, values) in enumerate(vectors.items(), start=len(images)):
+        gone = missing[:, list(sensors).index(name)]
+        axes = figure.add_subplot(grid[row, :-1], xlim=(0, time[-1]))
+        axes.plot(time, np.where(gone[:, None], np.nan, values), lw=1)
+        axes.set_ylim(-0.05 * np.max(values), 1.05 * np.max(values))
+        axes.set_ylabel("touch, log(1 + N)" if name == "touch" else name)
+        axes.fill_between(time, 0, 1, where=gone, step="mid", color="0.85", lw=0,
+                          transform=axes.get_xaxis_transform())
+        axes.tick_params(labelbottom=False)
+    axes = figure.add_subplot(grid[-1, :-1], xlabel="decision")
+    axes.imshow(missing.T, aspect="auto", cmap="gray", vmin=-1, vmax=1.2, interpolation="none")
+    axes.set_yticks(range(len(sensors)), sensors)
+    figure.suptitle(f"{task}: what its sensors give; dark where present, light where missing")
+    return figure
+
+
+if __name__ == "__main__":
+    for task in TASKS:
+        figure = draw(task)
+        figure.savefig(HERE / f"{task}.png", dpi=80, bbox_inches="tight")
+        plt.close(figure)
+        print(HERE / f"{task}.png")

@@ -1,0 +1,380 @@
+"""Multi-modal latent state-space model (MSSM) of MuMMI: encoders, experts, fusion, dynamics, heads.
+
+Holds Eq. (6)-(9), the generative model, and Eq. (11), the inference network, of Chen, Lee, Soh,
+"Multi-Modal Mutual Information (MuMMI) Training" (ICRA 2021), with the layer sizes of Appendix B
+(Fig. 7-11) and, for the baselines, of Appendix C (Fig. 14-18).
+
+symbol  name here     meaning                                                       size
+x^m_t   observation   modality m: uint8 image, float image (metres) or float vector
+a_t-1   action        the action that led to x_t                                    A
+h_t     h             deterministic state, GRU                                      D_h = 200
+s^c_t   s_c           combined stochastic state                                     D_c = 30
+s^f_t   s_f           fused code of the observations at t, product of experts       D_f = 1024
+z_t     latent        [s_c, h], what every head reads, Eq. (7), (8)                  D_z = 230
+
+Shapes: T steps, B sequences, M modalities, A action size, D_x features of one encoder. Time first.
+
+    model = MSSM({"rgb": (64, 64, 3), "touch": (2,)}, action_size=4)
+    filtered = model.observe({"rgb": rgb, "touch": touch}, present, action)   # present (T, B, M)
+    latent = model.latent(filtered.h, filtered.s_c)                           # (T, B, D_z)
+    reward = model.reward(latent)                                             # (T, B)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MIN_STD = 0.1  # [code] added to every softplus standard deviation
+MAX_DEPTH = 10.0  # metres; Dev. D9: depth is clipped there before it is scaled
+
+
+class State(NamedTuple):
+    """What the dynamics carry from one step to the next."""
+
+    h: torch.Tensor  # (..., D_h)
+    s_c: torch.Tensor  # (..., D_c)
+
+
+class Fused(NamedTuple):
+    """One code a step from M modalities. Concatenation has no experts and no product: None."""
+
+    s_f: torch.Tensor  # (..., D_f), or (..., M * D_x) when concatenated
+    observed: torch.Tensor  # (...)  False where the posterior has nothing to go on but the prior
+    mean: torch.Tensor | None = None  # (..., D_f)  product of experts
+    std: torch.Tensor | None = None  # (..., D_f)
+    expert_mean: torch.Tensor | None = None  # (M, ..., D_f)  mu^m(x^m)
+    expert_std: torch.Tensor | None = None  # (M, ..., D_f)
+
+
+class Filtered(NamedTuple):
+    """Everything `MSSM.observe` infers from a batch of sequences; the losses read it by name."""
+
+    h: torch.Tensor  # (T, B, D_h)
+    s_c: torch.Tensor  # (T, B, D_c)  sample of the posterior
+    mean: torch.Tensor  # (T, B, D_c)  q(s^c | s^f, h)
+    std: torch.Tensor  # (T, B, D_c)
+    prior_mean: torch.Tensor  # (T, B, D_c)  p(s^c | h)
+    prior_std: torch.Tensor  # (T, B, D_c)
+    fused: Fused
+    present: torch.Tensor  # (M, T, B)  bool
+
+
+# ---- 1. Gaussians and small networks -------------------------------------------------------------
+
+
+def gaussian(parameters):
+    """Mean and standard deviation from a network's output, in float32 whatever the autocast type.
+
+    parameters  (..., 2 D)
+    returns     mean (..., D), std (..., D) = softplus + 0.1
+    """
+    mean, raw_std = parameters.float().chunk(2, -1)
+    return mean, F.softplus(raw_std) + MIN_STD
+
+
+def sample(mean, std):
+    """Reparameterised sample of N(mean, std^2), all (..., D)."""
+    return mean + std * torch.randn_like(std)
+
+
+def mlp(sizes, activation, output_activation=False):
+    """Linear layers of the given sizes with `activation` between them (and, if asked, at the end)."""
+    layers = []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(size_in, size_out), activation()]
+    return nn.Sequential(*(layers if output_activation else layers[:-1]))
+
+
+def initialise(module):
+    """Keras' defaults, [code]: Glorot uniform kernels, zero biases, orthogonal recurrent kernel."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            nn.init.zeros_(parameter)
+        elif "weight_hh" in name:
+            nn.init.orthogonal_(parameter)
+        else:
+            nn.init.xavier_uniform_(parameter)
+
+
+# ---- 2. Observations: encoders (Fig. 8, 9, 14, 15) and decoders (Fig. 16-18) ---------------------
+
+
+def normalise(x):
+    """What encoders read and decoders predict, as float32.
+
+    uint8 image  (T, B, 64, 64, C) -> [-0.5, 0.5]
+    float image  (T, B, 64, 64, C) in metres -> clipped at 10 m, [-0.5, 0.5].  Dev. D9
+    vector       (T, B, D) -> unchanged (touch arrives as log(1 + newtons), Dev. D10)
+    """
+    if x.dtype == torch.uint8:
+        return x.float() / 255 - 0.5
+    if x.ndim == 5:
+        return x.float().clamp(0, MAX_DEPTH) / MAX_DEPTH - 0.5
+    return x.float()
+
+
+def image_encoder(shape, channels):
+    """Fig. 8: four 4x4 stride-2 convolutions, 64x64 pixels -> 32 * channels features (1024)."""
+    sizes = [shape[-1], channels, 2 * channels, 4 * channels, 8 * channels]
+    layers = []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        layers += [nn.Conv2d(size_in, size_out, kernel_size=4, stride=2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def vector_encoder(shape, channels):
+    """Fig. 9: four ReLU layers, hidden size 4 * channels (128) -> 32 * channels features (1024)."""
+    hidden = 4 * channels
+    return mlp([shape[0], hidden, hidden, hidden, 32 * channels], nn.ReLU, output_activation=True)
+
+
+def image_decoder(shape, channels, d_z):
+    """Fig. 16, 17: Linear to 1024, then transposed convolutions 5, 5, 6, 6 with stride 2."""
+    return nn.Sequential(
+        nn.Linear(d_z, 32 * channels),
+        nn.Unflatten(-1, (32 * channels, 1, 1)),
+        nn.ConvTranspose2d(32 * channels, 4 * channels, kernel_size=5, stride=2), nn.ReLU(),
+        nn.ConvTranspose2d(4 * channels, 2 * channels, kernel_size=5, stride=2), nn.ReLU(),
+        nn.ConvTranspose2d(2 * channels, channels, kernel_size=6, stride=2), nn.ReLU(),
+        nn.ConvTranspose2d(channels, shape[-1], kernel_size=6, stride=2),
+    )  # fmt: skip
+
+
+def vector_decoder(shape, channels, d_z):
+    """Fig. 18: three-layer MLP."""
+    return mlp([d_z, 4 * channels, 4 * channels, shape[0]], nn.ReLU)
+
+
+# ---- 3. Fusion, Eq. (11) -------------------------------------------------------------------------
+
+
+def product_of_experts(mean, std, present, power=2):
+    """Eq. (11): the product of the Gaussians q(s^f | x^m) of the modalities that are present.
+
+    mean, std  (M, ..., D)  one expert a modality
+    present    (M, ...)     bool; the expert of an absent modality is dropped
+    power      2 weighs an expert by its precision 1/std^2; [code] uses 1/std.  Dev. D1
+    returns    mean (..., D), std (..., D); mean 0, std 1 where the product is empty
+    """
+    precision = std.pow(-power) * present.unsqueeze(-1)  # (M, ..., D)
+    total = precision.sum(0)  # (..., D)
+    total = torch.where(present.any(0).unsqueeze(-1), total, 1.0)
+    return (precision * mean).sum(0) / total, total.pow(-1 / power)
+
+
+# ---- 4. The model --------------------------------------------------------------------------------
+
+
+class MSSM(nn.Module):
+    """The generative model of Eq. (6) and its inference network, Eq. (11).
+
+    modalities   {name: shape}; (64, 64, C) is an image, (D,) a vector. Their order is that of
+                 `present` everywhere.
+    action_size  A
+    fusion       "product" (product of experts) or "concatenate" (the baselines, Appendix C)
+    heads        what the objective trains besides the reward, and nothing else is built:
+                 "code" (g of Eq. (16)), "decoders" (Eq. (10)) or "contrastive" (CVRL)
+    fused_prior  also build p(s^f | s^c) of Eq. (9).  Dev. D6
+    Raises ValueError on an image that is not 64x64, an unknown fusion, unknown heads.
+    """
+
+    def __init__(self, modalities, action_size, fusion="product", heads="code", d_h=200, d_c=30,
+                 d_f=1024, hidden=200, units=400, channels=32, fused_prior=False,
+                 sample_s_f=True, prior_if_unobserved=True, expert_power=2):  # fmt: skip
+        super().__init__()
+        check_modalities(modalities)
+        if fusion not in ("product", "concatenate"):
+            raise ValueError(f"fusion {fusion!r} is unknown: choose 'product' or 'concatenate'")
+        if heads not in ("code", "decoders", "contrastive"):
+            raise ValueError(f"heads {heads!r} are unknown: choose 'code', 'decoders' or 'contrastive'")
+        self.modalities, self.fusion = dict(modalities), fusion
+        self.d_h, self.d_c, self.d_f = d_h, d_c, d_f
+        self.sample_s_f, self.expert_power = sample_s_f, expert_power
+        self.prior_if_unobserved = prior_if_unobserved
+        d_x, d_z = 32 * channels, d_c + d_h
+        d_code = d_f if fusion == "product" else d_x * len(modalities)  # size of s_f
+
+        # Inference network, Eq. (11)
+        self.encoders = nn.ModuleDict({
+            name: (image_encoder if len(shape) == 3 else vector_encoder)(shape, channels)
+            for name, shape in modalities.items()
+        })  # fmt: skip
+        if fusion == "product":  # Fig. 10
+            self.experts = nn.ModuleDict({name: mlp([d_x, d_x, 2 * d_f], nn.ReLU) for name in modalities})
+        self.posterior_s_f = nn.Linear(d_code, hidden)  # Fig. 11: [s^f, h] -> 200, in two halves,
+        self.posterior_h = nn.Linear(d_h, hidden, bias=False)  # as only h waits for the recurrence
+        self.posterior_out = nn.Linear(hidden, 2 * d_c)
+
+        # Transition, Eq. (9), and reward, Eq. (8)
+        self.transition_in = mlp([d_c + action_size, hidden], nn.ELU, output_activation=True)
+        self.transition_gru = nn.GRUCell(hidden, d_h)
+        self.prior_net = mlp([d_h, hidden, 2 * d_c], nn.ELU)  # Fig. 7
+        self.reward_net = mlp([d_z, units, units, 1], nn.ELU)
+        if fused_prior:
+            self.fused_prior_net = mlp([d_c, hidden, 2 * d_f], nn.ELU)
+
+        # What only one objective trains
+        if heads == "code":  # g of Eq. (16)
+            self.code = mlp([d_z, d_f], nn.ReLU, output_activation=True)
+        elif heads == "decoders":  # Eq. (7)
+            self.decoders = nn.ModuleDict({
+                name: (image_decoder if len(shape) == 3 else vector_decoder)(shape, channels, d_z)
+                for name, shape in modalities.items()
+            })  # fmt: skip
+        else:  # [CVRL] features and latents meet in an inner product
+            self.project_x = mlp([d_code, units, hidden], nn.ELU, output_activation=True)
+            self.project_z = mlp([d_z, hidden, hidden], nn.ELU, output_activation=True)
+
+        initialise(self)
+        self.to(memory_format=torch.channels_last)  # images arrive as (N, 64, 64, C)
+
+    # -- generative model --
+
+    def transition(self, state, action):
+        """Eq. (9): h_t = g(h_t-1, s^c_t-1, a_t-1). State of (..., D), action (N, A) -> (N, D_h)."""
+        return self.transition_gru(self.transition_in(torch.cat([state.s_c, action], -1)), state.h)
+
+    def prior(self, h):
+        """Eq. (9): p(s^c | h). (..., D_h) -> mean, std (..., D_c)."""
+        return gaussian(self.prior_net(h))
+
+    def fused_prior(self, s_c):
+        """Eq. (9): p(s^f | s^c). (..., D_c) -> mean, std (..., D_f).  Dev. D6"""
+        return gaussian(self.fused_prior_net(s_c))
+
+    def imagine_step(self, state, action):
+        """Eq. (4): one step of the dynamics without an observation. (N, D), (N, A) -> State."""
+        h = self.transition(state, action)
+        return State(h, sample(*self.prior(h)))
+
+    def latent(self, h, s_c):
+        """What every head reads, Eq. (7), (8): (..., D_h), (..., D_c) -> (..., D_z)."""
+        return torch.cat([s_c, h], -1)
+
+    def reward(self, latent):
+        """Eq. (8): mean of p(r | s^c, h), unit variance. (..., D_z) -> (...)"""
+        return self.reward_net(latent).squeeze(-1).float()
+
+    def decode(self, latent):
+        """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, in the scale of `normalise`.
+
+        latent  (T, B, D_z) -> (T, B, 64, 64, C) or (T, B, D)
+        """
+        flat = latent.flatten(0, 1)
+        means = {name: decoder(flat) for name, decoder in self.decoders.items()}
+        means = {k: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for k, x in means.items()}
+        return {k: x.unflatten(0, latent.shape[:2]).float() for k, x in means.items()}
+
+    # -- inference network --
+
+    def state(self, filtered):
+        """The posterior states of all steps, (N, D), detached: where imagination starts."""
+        return State(filtered.h.flatten(0, 1).detach(), filtered.s_c.flatten(0, 1).detach())
+
+    def initial_state(self, batch_size, device=None):
+        """Zeros: how every sequence and every episode starts."""
+        return State(
+            torch.zeros(batch_size, self.d_h, device=device),
+            torch.zeros(batch_size, self.d_c, device=device),
+        )
+
+    def encode(self, observation):
+        """Features of every modality. {name: (T, B, ...)} -> (M, T, B, D_x)"""
+        features = []
+        for name, encoder in self.encoders.items():
+            x = normalise(observation[name])
+            T, B = x.shape[:2]
+            x = x.flatten(0, 1)  # (N, ...)
+            if x.ndim == 4:  # (N, 64, 64, C) seen as (N, C, 64, 64): no copy, channels stay last
+                x = x.permute(0, 3, 1, 2)
+            features.append(encoder(x).unflatten(0, (T, B)))
+        return torch.stack(features)
+
+    def fuse(self, features, present):
+        """Eq. (11): one code from the modalities that are present; the baselines' from all.
+
+        features  (M, ..., D_x)
+        present   (M, ...)  bool
+        """
+        if self.fusion == "concatenate":  # Appendix C: zeros where missing
+            s_f = torch.cat(list(features * present.unsqueeze(-1)), -1)
+            return Fused(s_f, torch.ones_like(present[0]))
+        experts = [gaussian(net(x)) for net, x in zip(self.experts.values(), features)]
+        expert_mean, expert_std = (torch.stack(x) for x in zip(*experts))  # (M, ..., D_f)
+        mean, std = product_of_experts(expert_mean, expert_std, present, self.expert_power)
+        s_f = sample(mean, std) if self.sample_s_f else mean  # Dev. D2
+        observed = present.any(0)
+        if not self.prior_if_unobserved:  # Dev. D3, [code]: the code 0 instead of the prior
+            s_f, observed = s_f * observed.unsqueeze(-1), torch.ones_like(observed)
+        return Fused(s_f, observed, mean, std, expert_mean, expert_std)
+
+    def posterior(self, from_s_f, observed, h):
+        """q(s^c | s^f, h) and p(s^c | h) at one step; the same where nothing is observed.
+
+        from_s_f  (B, hidden)  the half of the first layer that reads s^f
+        observed  (B,)  False: the product is empty, and the posterior *is* the prior
+        h         (B, D_h)
+        returns   mean, std, prior_mean, prior_std, each (B, D_c)
+        """
+        mean, std = gaussian(self.posterior_out(F.elu(from_s_f + self.posterior_h(h))))
+        prior_mean, prior_std = self.prior(h)
+        observed = observed.unsqueeze(-1)
+        mean = torch.where(observed, mean, prior_mean)
+        return mean, torch.where(observed, std, prior_std), prior_mean, prior_std
+
+    def observe(self, observation, present, action, state=None):
+        """Eq. (11): filter sequences of observations into posteriors over s^c.
+
+        observation  {name: (T, B, ...)}  zero-filled where absent
+        present      (T, B, M)  bool or 0/1, in the order of the modalities
+        action       (T, B, A)  action[t] led to observation[t]
+        state        State before the first step, (B, D); zeros if None
+        returns      Filtered
+
+        Everything that does not depend on the recurrence is computed for all T at once.
+        """
+        T, B = action.shape[:2]
+        present = present.movedim(-1, 0).bool()  # (M, T, B)
+        fused = self.fuse(self.encode(observation), present)
+        from_s_f = self.posterior_s_f(fused.s_f)  # (T, B, hidden)
+
+        if state is None:
+            state = self.initial_state(B, action.device)
+        steps = []
+        for t in range(T):
+            h = self.transition(state, action[t])
+            mean, std, *prior = self.posterior(from_s_f[t], fused.observed[t], h)
+            state = State(h, sample(mean, std))
+            steps.append((*state, mean, std, *prior))
+        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)
+
+
+def check_modalities(modalities):
+    """Raises ValueError, saying which modality has a shape that no encoder is made for."""
+    if not modalities:
+        raise ValueError("no modality was given: give at least one {name: shape}")
+    for name, shape in modalities.items():
+        if not (len(shape) == 1 or (len(shape) == 3 and tuple(shape[:2]) == (64, 64))):
+            raise ValueError(f"modality {name!r} has shape {tuple(shape)}: give (64, 64, C) or (D,)")
+
+
+if __name__ == "__main__":
+    modalities = {"rgb": (64, 64, 3), "depth": (64, 64, 1), "touch": (2,)}
+    T, B, A = 5, 3, 4
+    model = MSSM(modalities, A, d_f=64, channels=4)
+    observation = {
+        "rgb": torch.randint(0, 256, (T, B, 64, 64, 3), dtype=torch.uint8),
+        "depth": 10 * torch.rand(T, B, 64, 64, 1),
+        "touch": torch.rand(T, B, 2),
+    }
+    present = torch.rand(T, B, len(modalities)) > 0.4
+    filtered = model.observe(observation, present, torch.rand(T, B, A) * 2 - 1)
+    latent = model.latent(filtered.h, filtered.s_c)
+    kept = ~filtered.present.any(0).unsqueeze(-1)  # nothing observed: the posterior is the prior
+    assert torch.equal(filtered.mean * kept, filtered.prior_mean * kept)
+    for name, x in [("h", filtered.h), ("s_c", filtered.s_c), ("s_f", filtered.fused.s_f),
+                    ("experts", filtered.fused.expert_mean), ("latent", latent),
+                    ("reward", model.reward(latent)), ("code g(z)", model.code(latent))]:  # fmt: skip
+        print(f"{name:10} {tuple(x.shape)}")

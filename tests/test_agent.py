@@ -1,0 +1,469 @@
+"""agent.py: returns and losses against Eq. (18), (19) written out; who learns from what; acting."""
+
+import io
+import itertools
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import (A, B, D_C, D_H, T, close, observe, random_batch, take_the_mean, tiny_agent)  # fmt: skip
+from torch import nn
+
+import agent as behaviour
+from agent import Actor, Agent, Critic
+from mssm import MSSM
+
+METHODS = ["mummi", "mummi_b", "mssm_e", "cvrl", "dreamer"]
+H, N = 6, 3
+
+
+class Point(NamedTuple):
+    x: torch.Tensor  # (N, 2)
+
+
+class World(nn.Module):
+    """A known world: actions move a point by a tenth, the reward is minus its squared distance from 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.ones(2))
+
+    def initial_state(self, batch_size, device=None):
+        return Point(torch.zeros(batch_size, 2))
+
+    def observe(self, observation, present, action, state=None):
+        return observation["x"] + 0 * self.offset
+
+    def state(self, filtered):
+        return Point(filtered.flatten(0, 1).detach())
+
+    def latent(self, x):
+        return x
+
+    def imagine_step(self, state, action):
+        return Point(state.x + 0.1 * action)
+
+    def reward(self, latent):
+        return -latent.square().sum(-1)
+
+
+def world_agent(**kwargs):
+    objective = lambda model, filtered, batch: (model.offset.square().sum(), {})  # noqa: E731
+    return Agent(World(), objective, 2, units=8, **dict(horizon=H) | kwargs)
+
+
+def modules(agent):
+    return {"model": agent.model, "actor": agent.actor, "critic": agent.critic}
+
+
+def parameters(agent):
+    """{module: [values]} as they are now."""
+    return {name: [p.detach().clone() for p in module.parameters()] for name, module in modules(agent).items()}
+
+
+def act_on(agent, batch, memory, t, first, explore=False):
+    observation = {name: x[t] for name, x in batch["observation"].items()}
+    return agent.act(memory, observation, batch["present"][t], first, explore)
+
+
+# ---- 1. Lambda-return, Eq. (19) ------------------------------------------------------------------
+
+
+def n_step_return(reward, value, discount, t, n):
+    """V_N^n of step t: n rewards, then the value of the state after them."""
+    return sum(discount**k * reward[t + k] for k in range(n)) + discount**n * value[t + n]
+
+
+def lambda_return_in_python(reward, value, discount, lambda_):
+    """Eq. (19) for every step, lists of numbers; value has one number more than reward."""
+    returns = []
+    for t in range(len(reward)):
+        steps = len(reward) - t  # the paper's H, seen from t
+        total = sum(lambda_ ** (n - 1) * n_step_return(reward, value, discount, t, n) for n in range(1, steps))
+        last = lambda_ ** (steps - 1) * n_step_return(reward, value, discount, t, steps)
+        returns.append((1 - lambda_) * total + last)
+    return returns
+
+
+def some_returns(lambda_, discount=0.9):
+    reward, value = torch.randn(H, dtype=torch.float64), torch.randn(H + 1, dtype=torch.float64)
+    actual = behaviour.lambda_return(reward, value[:-1], torch.full_like(reward, discount), value[-1], lambda_)
+    return actual, reward.tolist(), value.tolist()
+
+
+@pytest.mark.eq(19)
+def test_lambda_return_is_the_weighted_sum_of_n_step_returns():
+    for lambda_ in (0.0, 0.3, 0.95, 1.0):
+        actual, reward, value = some_returns(lambda_)
+        close(actual, lambda_return_in_python(reward, value, 0.9, lambda_), 1e-12)
+
+
+@pytest.mark.eq(19)
+def test_lambda_return_at_0_is_one_step_and_at_1_all_rewards():
+    actual, reward, value = some_returns(0.0)
+    close(actual, [reward[t] + 0.9 * value[t + 1] for t in range(H)], 1e-12)
+    actual, reward, value = some_returns(1.0)
+    close(actual, [n_step_return(reward, value, 0.9, t, H - t) for t in range(H)], 1e-12)
+
+
+@pytest.mark.eq(19)
+def test_lambda_return_follows_its_recursion_under_a_discount_of_each_step():
+    reward, value, discount = torch.rand(3, H, N, dtype=torch.float64)
+    bootstrap = torch.rand(N, dtype=torch.float64)
+    returns = behaviour.lambda_return(reward, value, discount, bootstrap, 0.8)
+    for t in range(H):
+        value_after, return_after = (value[t + 1], returns[t + 1]) if t + 1 < H else (bootstrap, bootstrap)
+        close(returns[t], reward[t] + discount[t] * (0.2 * value_after + 0.8 * return_after), 1e-12)
+
+
+# ---- 2. Objectives, Eq. (18) ---------------------------------------------------------------------
+
+
+@pytest.mark.eq(18)
+def test_actor_and_critic_loss_are_the_sums_written_out():
+    returns, value, weight = torch.randn(3, H, N, dtype=torch.float64)
+    actor = critic = 0.0
+    for t, n in itertools.product(range(H), range(N)):
+        actor -= (weight[t, n] * returns[t, n]).item()
+        critic += (weight[t, n] * (value[t, n] - returns[t, n]) ** 2 / 2).item()
+    close(behaviour.actor_loss(returns, weight), actor / (H * N), 1e-12)
+    close(behaviour.critic_loss(value, returns, weight), critic / (H * N), 1e-12)
+
+
+@pytest.mark.eq(18)
+def test_critic_loss_treats_the_returns_as_targets():
+    value, returns = torch.randn(2, H, N).unbind()
+    value.requires_grad_(), returns.requires_grad_()
+    behaviour.critic_loss(value, returns, torch.ones(H, 1)).backward()
+    close(value.grad, (value - returns) / (H * N))
+    assert returns.grad is None
+
+
+@pytest.mark.eq(18, 19)
+def test_update_minimises_both_objectives_of_the_imagined_states():
+    """The losses of `update`, from the imagined states one number at a time."""
+    agent, x = world_agent(discount=0.9, lambda_=0.8), torch.randn(1, N, 2)
+    torch.manual_seed(1)
+    latent, _ = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
+    actor = critic = 0.0
+    for n in range(N):
+        reward, value = agent.model.reward(latent[:, n]).tolist(), agent.critic(latent[:, n]).tolist()
+        returns = lambda_return_in_python(reward[:-1], value, 0.9, 0.8)
+        for t in range(H - 1):
+            actor -= 0.9**t * returns[t] / (N * (H - 1))
+            critic += 0.9**t * (value[t] - returns[t]) ** 2 / 2 / (N * (H - 1))
+    torch.manual_seed(1)
+    metrics = agent.update({"observation": {"x": x}, "present": None, "action": None})
+    close(metrics["actor_loss"], actor)
+    close(metrics["critic_loss"], critic)
+
+
+# ---- 3. Who learns from what ---------------------------------------------------------------------
+
+
+def test_each_loss_reaches_the_parameters_of_its_own_module_alone(monkeypatch):
+    """Neither a gradient nor a step anywhere else, and the model learns first, then actor and critic."""
+    agent, order = tiny_agent(), []
+    optimise = agent.optimise
+
+    def watched(name, loss):
+        for module in modules(agent).values():
+            module.zero_grad(set_to_none=True)
+        before = parameters(agent)
+        norm = optimise(name, loss)
+        for other, values in parameters(agent).items():
+            moved = any(not torch.equal(new, old) for new, old in zip(values, before[other]))
+            has_gradient = any(p.grad is not None for p in modules(agent)[other].parameters())
+            assert moved == has_gradient == (other == name), f"the loss of the {name} reaches the {other}"
+        order.append(name)
+        return norm
+
+    monkeypatch.setattr(agent, "optimise", watched)
+    agent.update(random_batch())
+    assert order == ["model", "actor", "critic"]
+
+
+def test_the_actor_learns_through_the_dynamics():
+    """Its gradient is that of the imagined returns, and the critic's loss cannot reach it."""
+    agent, batch = world_agent(), {"observation": {"x": torch.randn(1, N, 2)}, "present": None, "action": None}
+    losses = {}
+    agent.optimise = lambda name, loss: losses.update({name: loss}) or loss
+    agent.update(batch)
+    reached = lambda loss, module: torch.autograd.grad(  # noqa: E731
+        loss, list(module.parameters()), retain_graph=True, allow_unused=True)  # fmt: skip
+    assert all(g is not None and g.abs().sum() > 0 for g in reached(losses["actor"], agent.actor))
+    assert all(g is None for g in reached(losses["critic"], agent.actor))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_moves_and_belongs_to_one_optimiser(method):
+    agent = tiny_agent(method, fused_kl_scale=0.0 if method in ("cvrl", "dreamer") else 0.1)
+    owned = [p for optimiser in agent.optimisers.values() for group in optimiser.param_groups for p in group["params"]]
+    every = {p: f"{part}.{name}" for part, module in modules(agent).items() for name, p in module.named_parameters()}
+    assert len(owned) == len(set(owned)) and set(owned) == set(every)
+    before = {p: p.detach().clone() for p in every}
+    for _ in range(3):
+        metrics = agent.update(random_batch())
+    assert [every[p] for p in every if torch.equal(p, before[p])] == []
+    assert all(x.isfinite() and x.shape == () and not x.requires_grad for x in metrics.values())
+
+
+def test_the_gradient_is_clipped_by_its_global_norm_and_reported_before():
+    agent, batch = tiny_agent(clip=1e-3), random_batch()
+    metrics = agent.update(batch)
+    for name, module in modules(agent).items():
+        squares = sum(p.grad.square().sum().item() for p in module.parameters() if p.grad is not None)
+        assert metrics[f"{name}_grad_norm"] > 1e-3
+        assert math.sqrt(squares) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_each_optimiser_has_its_own_learning_rate():
+    agent = tiny_agent(model_lr=1.0, actor_lr=2.0, critic_lr=3.0)
+    groups = {name: optimiser.param_groups[0] for name, optimiser in agent.optimisers.items()}
+    assert {name: group["lr"] for name, group in groups.items()} == {"model": 1.0, "actor": 2.0, "critic": 3.0}
+    for name, module in modules(agent).items():
+        assert set(groups[name]["params"]) == set(module.parameters()) and groups[name]["eps"] == 1e-7
+
+
+@pytest.mark.dev(14)
+def test_update_in_bfloat16_keeps_losses_and_parameters_in_float32():
+    agent, batch = tiny_agent(precision="bfloat16"), random_batch()
+    torch.manual_seed(1)
+    metrics = agent.update(batch)
+    assert all(x.dtype == torch.float32 and x.isfinite() for x in metrics.values())
+    assert all(p.dtype == torch.float32 for values in parameters(agent).values() for p in values)
+    agent = tiny_agent(precision="float32")
+    torch.manual_seed(1)
+    exact = agent.update(batch)
+    assert metrics["model_loss"] == pytest.approx(exact["model_loss"].item(), rel=0.05)
+
+
+# ---- 4. Imagination ------------------------------------------------------------------------------
+
+
+def test_imagined_states_are_what_the_actions_lead_to():
+    start, moves = torch.randn(N, 2), torch.rand(H, N, 2)
+    plan = iter(moves)
+    latent, action = behaviour.imagine(World(), lambda _: next(plan), Point(start), H)
+    assert torch.equal(action, moves)
+    close(latent, start + 0.1 * moves.cumsum(0))
+
+
+def test_imagination_starts_detached_and_the_policy_sees_no_gradient(monkeypatch):
+    agent, seen = tiny_agent(), []
+    imagine = behaviour.imagine
+
+    def spy(model, policy, state, horizon):
+        watched = lambda latent: seen.append(latent) or policy(latent)  # noqa: E731
+        assert all(x.shape[0] == T * B and not x.requires_grad for x in state)
+        latent, action = imagine(model, watched, state, horizon)
+        assert latent.requires_grad and action.requires_grad
+        return latent, action
+
+    monkeypatch.setattr(behaviour, "imagine", spy)
+    agent.update(random_batch())
+    assert len(seen) == agent.horizon and not any(latent.requires_grad for latent in seen)
+
+
+# ---- 5. Actor and critic -------------------------------------------------------------------------
+
+
+def test_actor_and_critic_have_the_released_parameter_counts():
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(Actor(230, 2)) == 575_204 and count(Critic(230)) == 413_601
+    for net, linear in ((Actor(230, 2).net, 5), (Critic(230).net, 4)):  # Fig. 12, 13
+        assert [type(layer) for layer in net] == ([nn.Linear, nn.ELU] * linear)[:-1]
+
+
+@pytest.mark.dev(12)
+def test_actor_is_a_tanh_of_a_bounded_normal():
+    actor, latent = Actor(17, 1, units=8), torch.randn(1, 17)
+    raw_mean, raw_std = actor.net(latent).double()[0]
+    mean, std = 5 * torch.tanh(raw_mean / 5), (1 + (raw_std + math.log(math.exp(5) - 1)).exp()).log() + 1e-4
+    mean, std = mean.detach(), std.detach()
+    close(actor(latent)[0], mean.view(1, 1))
+    close(actor(latent)[1], std.view(1, 1))
+    close(actor.mode(latent), mean.tanh().view(1, 1))  # not the best of 100 samples
+    samples = actor.sample(latent.expand(20_000, -1))
+    assert (samples.abs() <= 1).all()
+    inside = (samples > 0).double().mean().item()
+    assert inside == pytest.approx(torch.distributions.Normal(-mean, std).cdf(torch.tensor(0.0)).item(), abs=0.02)
+
+
+def test_entropy_is_that_of_the_squashed_normal(monkeypatch):
+    """Against -integral of p log p on a grid."""
+    actor, mean, std = Actor(3, 1), torch.tensor([0.4]), torch.tensor([0.7])
+    monkeypatch.setattr(actor, "forward", lambda latent: (mean.expand(len(latent), 1), std.expand(len(latent), 1)))
+    a = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]
+    log_p = torch.distributions.Normal(mean.double(), std.double()).log_prob(a.atanh()) - (1 - a.square()).log()
+    entropy = -torch.trapezoid(log_p.exp() * log_p, a).item()
+    estimates = actor.entropy(torch.zeros(50_000, 3))
+    assert estimates.mean().item() == pytest.approx(entropy, abs=0.02)
+
+
+# ---- 6. Acting -----------------------------------------------------------------------------------
+
+
+def test_acting_filters_as_training_does(monkeypatch):
+    """The state that acting carries is what `observe` infers from the whole episode and its actions."""
+    take_the_mean(monkeypatch)
+    agent, batch = tiny_agent(), random_batch()
+    memory, actions = agent.initial_memory(B), [torch.zeros(B, A)]
+    for t in range(T):
+        action, memory = act_on(agent, batch, memory, t, torch.full((B,), t == 0), explore=True)
+        actions.append(action)
+    filtered = observe(agent.model, batch | {"action": torch.stack(actions[:-1])})
+    close(memory.state.h, filtered.h[-1])
+    close(memory.state.s_c, filtered.s_c[-1])
+    assert torch.equal(memory.action, action)
+
+
+def test_acting_and_training_call_the_same_fusion_and_posterior(monkeypatch):
+    agent, batch, calls = tiny_agent(), random_batch(), []
+    for name in ("encode", "fuse", "posterior"):
+        original = getattr(MSSM, name)
+        spy = lambda *args, name=name, original=original: calls.append(name) or original(*args)  # noqa: E731
+        monkeypatch.setattr(MSSM, name, spy)
+    agent.update(batch)
+    assert calls == ["encode", "fuse"] + T * ["posterior"]
+    calls.clear()
+    act_on(agent, batch, agent.initial_memory(B), 0, torch.ones(B).bool())
+    assert calls == ["encode", "fuse", "posterior"]
+
+
+def test_an_episodes_first_decision_forgets_the_memory(monkeypatch):
+    take_the_mean(monkeypatch)
+    agent, batch = tiny_agent(), random_batch()
+    _, memory = act_on(agent, batch, agent.initial_memory(B), 0, torch.ones(B).bool())
+    action, after = act_on(agent, batch, memory, 1, torch.tensor([True, False, True]))
+    fresh_action, fresh = act_on(agent, batch, agent.initial_memory(B), 1, torch.ones(B).bool())
+    for i, forgotten in enumerate([True, False, True]):
+        assert torch.allclose(action[i], fresh_action[i], atol=1e-6) == forgotten
+        assert torch.allclose(after.state.h[i], fresh.state.h[i], atol=1e-6) == forgotten
+
+
+def test_exploration_noise_only_with_explore(monkeypatch):
+    agent, batch = tiny_agent(), random_batch(1)
+    batch = {"observation": {k: x.repeat_interleave(200, 1) for k, x in batch["observation"].items()},
+             "present": batch["present"].repeat_interleave(200, 1)}  # fmt: skip
+    policies = []
+    monkeypatch.setattr(agent, "plan", lambda state, policy: policies.append(policy) or torch.zeros(len(state.h), A))
+    memory, first = agent.initial_memory(200 * B), torch.ones(200 * B).bool()
+    action, after = act_on(agent, batch, memory, 0, first, explore=False)
+    assert (action == 0).all() and policies[-1] == agent.actor.mode
+    action, after = act_on(agent, batch, memory, 0, first, explore=True)
+    assert action.std().item() == pytest.approx(0.3, rel=0.1) and policies[-1] == agent.actor.sample
+    assert torch.equal(after.action, action)
+
+
+def test_actions_stay_within_their_bounds():
+    agent, batch = tiny_agent(exploration=5.0, mpc_rate=100.0), random_batch()
+    for explore in (True, False):
+        action, _ = act_on(agent, batch, agent.initial_memory(B), 0, torch.ones(B).bool(), explore)
+        assert action.shape == (B, A) and (action.abs() <= 1).all() and not action.requires_grad
+
+
+# ---- 7. Latent-guided MPC ------------------------------------------------------------------------
+
+
+@pytest.mark.dev(13)
+def test_mpc_follows_the_gradient_of_each_environments_own_return():
+    """In the known world, with values 0: d/da_0 of sum_k (discount lambda)^k r_k, in closed form."""
+    agent, start, moves = world_agent(discount=0.9, lambda_=0.8, mpc_rate=0.5), torch.randn(N, 2), torch.rand(H, N, 2) / 2
+    agent.critic = lambda latent: torch.zeros(latent.shape[:-1])
+    plan = iter(moves)
+    action = agent.plan(Point(start), lambda _: next(plan))
+    x = start.double() + 0.1 * moves.double().cumsum(0)
+    gradient = sum(0.72**k * -2 * x[k] * 0.1 for k in range(H - 1))
+    close(action, (moves[0] + 0.5 * gradient).clamp(-1, 1))
+
+
+@pytest.mark.dev(13)
+def test_an_environments_action_depends_on_its_own_observation_alone():
+    agent, batch = tiny_agent(mpc_rate=1.0), random_batch()
+    batch["present"][0] = True
+    act = lambda: act_on(agent, batch, agent.initial_memory(B), 0, torch.ones(B).bool())[0]  # noqa: E731
+    torch.manual_seed(1)
+    before = act()
+    batch["observation"]["rgb"][0, 1] = 255 - batch["observation"]["rgb"][0, 1]
+    torch.manual_seed(1)
+    after = act()
+    assert [torch.allclose(before[i], after[i], atol=1e-6) for i in range(B)] == [True, False, True]
+
+
+def test_mpc_raises_the_planned_return():
+    agent, start = world_agent(mpc_rate=0.1), torch.randn(N, 2)
+    policy = lambda latent: torch.full((len(latent), 2), 0.1)  # noqa: E731
+
+    def planned_return(first):
+        plan = iter([first] + [policy(start)] * (H - 1))
+        return agent.returns(behaviour.imagine(agent.model, lambda _: next(plan), Point(start), H)[0])[0]
+
+    without, one = policy(start), agent.plan(Point(start), policy)
+    assert (planned_return(one) > planned_return(without)).all()
+    agent.mpc_iterations = 4
+    assert (planned_return(agent.plan(Point(start), policy)) > planned_return(one)).all()
+    agent.mpc_iterations = 0
+    assert torch.equal(agent.plan(Point(start), policy), without)
+
+
+def test_planning_leaves_no_gradient_behind():
+    agent, batch = tiny_agent(), random_batch()
+    act_on(agent, batch, agent.initial_memory(B), 0, torch.ones(B).bool(), explore=True)
+    assert all(p.grad is None for module in modules(agent).values() for p in module.parameters())
+
+
+# ---- 8. Checkpoints and compilation --------------------------------------------------------------
+
+
+def test_a_checkpoint_goes_on_exactly():
+    """Through torch.save and torch.load(weights_only=True) into an agent of another seed."""
+    agent, batch, file = tiny_agent(), random_batch(), io.BytesIO()
+    agent.update(batch)
+    torch.save(agent.state_dict(), file)
+    file.seek(0)
+    other = tiny_agent(seed=2)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    metrics = []
+    for continued in (agent, other):
+        torch.manual_seed(1)
+        metrics.append(continued.update(batch))
+    assert all(torch.equal(value, metrics[1][name]) for name, value in metrics[0].items())
+    after, others = parameters(agent), parameters(other)
+    assert all(torch.equal(a, b) for name in after for a, b in zip(after[name], others[name]))
+
+
+def test_imagination_and_returns_compile_into_one_graph(monkeypatch):
+    take_the_mean(monkeypatch)
+    agent = tiny_agent()
+    state = agent.model.initial_state(N)._replace(h=torch.randn(N, D_H), s_c=torch.randn(N, D_C))
+
+    def run(state):
+        latent, action = behaviour.imagine(agent.model, agent.actor.mode, state, 3)
+        returns = agent.returns(latent)
+        value, weight = agent.critic(latent[:-1].detach()), torch.ones(2, 1)
+        return action, behaviour.actor_loss(returns, weight), behaviour.critic_loss(value, returns, weight)
+
+    for actual, expected in zip(torch.compile(run, fullgraph=True, backend="eager")(state), run(state)):
+        close(actual, expected)
+
+
+@pytest.mark.gpu
+def test_a_whole_update_is_captured_as_one_cuda_graph():
+    agent = tiny_agent(device="cuda", precision="bfloat16")
+    move = lambda x: {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x.cuda()  # noqa: E731
+    batch, stream, graph = move(random_batch()), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            agent.update(batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        metrics = agent.update(batch)
+    before = parameters(agent)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(x.isfinite() for x in metrics.values())
+    for name, values in parameters(agent).items():
+        assert any(not torch.equal(new, old) for new, old in zip(values, before[name]))

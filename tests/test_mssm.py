@@ -1,0 +1,421 @@
+"""mssm.py: fusion against integrated densities, dynamics against their formulas, and what may depend on what."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import (D_C, D_F, D_H, D_X, MODALITIES, A, B, M, T, close, observe, random_batch, random_present,
+                      take_the_mean, tiny_model)  # fmt: skip
+
+import mssm
+from mummi_loss import gaussian_kl
+
+
+def same(a, b, fields=("h", "s_c", "mean", "std", "prior_mean", "prior_std")):
+    """Two `Filtered` agree in every bit of these fields."""
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in fields)
+
+
+def observe_seeded(model, batch):
+    torch.manual_seed(1)
+    return observe(model, batch)
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- 1. Fusion, Eq. (11) -------------------------------------------------------------------------
+
+
+@pytest.mark.eq(11)
+@pytest.mark.dev(1)
+def test_product_of_experts_is_the_normalised_product_of_densities():
+    """The product of the present experts' densities, integrated on a grid, for every subset of three."""
+    mean = torch.randn(3, 4, dtype=torch.float64)
+    std = torch.rand(3, 4, dtype=torch.float64) + 0.3
+    grid = torch.linspace(-15, 15, 20_001, dtype=torch.float64).unsqueeze(-1)  # (G, 1)
+    for present in list(itertools.product([True, False], repeat=3))[:-1]:
+        density = 1.0
+        for m in range(3):
+            if present[m]:
+                density = density * torch.distributions.Normal(mean[m], std[m]).log_prob(grid).exp()
+        density = density / density.sum(0)
+        expected_mean = (density * grid).sum(0)
+        expected_std = (density * (grid - expected_mean).square()).sum(0).sqrt()
+        actual = mssm.product_of_experts(mean, std, torch.tensor(present))
+        close(actual[0], expected_mean, 1e-8)
+        close(actual[1], expected_std, 1e-8)
+
+
+@pytest.mark.dev(1)
+def test_product_of_experts_with_power_1_weighs_by_1_over_std_as_released():
+    mean, std = torch.tensor([[0.0], [3.0]]), torch.tensor([[1.0], [2.0]])
+    fused = mssm.product_of_experts(mean, std, torch.ones(2).bool(), power=1)
+    close(fused[0], [(0 / 1 + 3 / 2) / (1 + 1 / 2)])
+    close(fused[1], [1 / (1 + 1 / 2)])
+
+
+@pytest.mark.eq(11)
+def test_product_of_experts_drops_the_absent():
+    """Whatever an absent expert says; each step has its own experts; the empty product is N(0, 1)."""
+    mean, std, present = torch.randn(M, T, B, 4), torch.rand(M, T, B, 4) + 0.1, random_present().movedim(-1, 0)
+    fused = mssm.product_of_experts(mean, std, present)
+    shouted = mssm.product_of_experts(mean + 1e3 * ~present.unsqueeze(-1), std, present)
+    assert torch.equal(fused[0], shouted[0]) and torch.equal(fused[1], shouted[1])
+    for t, b in itertools.product(range(T), range(B)):
+        kept = present[:, t, b]
+        alone = mssm.product_of_experts(mean[kept, t, b], std[kept, t, b], torch.ones(int(kept.sum())).bool())
+        if kept.any():
+            close(fused[0][t, b], alone[0])
+            close(fused[1][t, b], alone[1])
+        else:
+            assert (fused[0][t, b] == 0).all() and (fused[1][t, b] == 1).all()
+
+
+@pytest.mark.dev(2)
+def test_the_fused_code_is_sampled_from_the_product():
+    model = tiny_model()
+    features, present = torch.randn(M, 4000, D_X), torch.tensor([[True], [False], [True]]).expand(M, 4000)
+    fused = model.fuse(features[:, :1].expand_as(features), present)  # one step, drawn 4000 times
+    error = 5 / math.sqrt(4000)
+    assert ((fused.s_f.mean(0) - fused.mean[0]).abs() < error * fused.std[0]).all()
+    assert ((fused.s_f.std(0) / fused.std[0] - 1).abs() < error).all()
+    fused = tiny_model(sample_s_f=False).fuse(features, present)  # [code]
+    assert torch.equal(fused.s_f, fused.mean)
+
+
+def test_concatenation_has_zeros_where_missing():
+    model, present = tiny_model("concatenate"), random_present().movedim(-1, 0)
+    features = torch.randn(M, T, B, D_X)
+    fused = model.fuse(features, present)
+    for m, t, b in itertools.product(range(M), range(T), range(B)):
+        part = fused.s_f[t, b, D_X * m : D_X * (m + 1)]
+        assert torch.equal(part, features[m, t, b] if present[m, t, b] else torch.zeros(D_X))
+    assert fused.observed.all() and fused.observed.shape == (T, B)  # zeros are read like any code
+
+
+def test_encoders_and_decoders_agree_on_rows_and_columns():
+    """An image (64, 64, C) is read and predicted with its rows as rows."""
+    model, batch = tiny_model(heads="decoders"), random_batch()
+    x = mssm.normalise(batch["observation"]["rgb"])[1, 2].permute(2, 0, 1)  # (C, 64, 64)
+    close(model.encode(batch["observation"])[0, 1, 2], model.encoders["rgb"](x.unsqueeze(0))[0])
+    latent = torch.randn(T, B, D_C + D_H)
+    close(model.decode(latent)["rgb"][1, 2].permute(2, 0, 1), model.decoders["rgb"](latent[1, 2].unsqueeze(0))[0])
+
+
+# ---- 2. Generative model, Eq. (6)-(9) ------------------------------------------------------------
+
+
+@pytest.mark.eq(9)
+def test_transition_is_a_gru_of_state_and_action():
+    """Cho et al. (2014) with the reset gate after the product, as Keras and PyTorch have it; in float64."""
+    model = tiny_model().double()
+    h, s_c, action = (torch.randn(B, size, dtype=torch.float64) for size in (D_H, D_C, A))
+    linear, gru = model.transition_in[0], model.transition_gru
+    x = torch.cat([s_c, action], -1) @ linear.weight.T + linear.bias
+    x = torch.where(x > 0, x, x.exp() - 1)
+    for parameter in (gru.bias_ih, gru.bias_hh):  # zero at first
+        torch.nn.init.normal_(parameter)
+    gates_x = (x @ gru.weight_ih.T + gru.bias_ih).split(D_H, -1)
+    gates_h = (h @ gru.weight_hh.T + gru.bias_hh).split(D_H, -1)
+    reset, update = (1 / (1 + (-a - b).exp()) for a, b in zip(gates_x[:2], gates_h[:2]))
+    candidate = torch.tanh(gates_x[2] + reset * gates_h[2])
+    close(model.transition(mssm.State(h, s_c), action), update * h + (1 - update) * candidate, 1e-12)
+
+
+@pytest.mark.eq(4, 9)
+def test_imagining_one_step_is_the_transition_and_a_sample_of_the_prior():
+    model = tiny_model()
+    state, action = mssm.State(torch.randn(B, D_H), torch.randn(B, D_C)), torch.rand(B, A)
+    torch.manual_seed(1)
+    following = model.imagine_step(state, action)
+    torch.manual_seed(1)
+    mean, std = model.prior(following.h)
+    assert torch.equal(following.h, model.transition(state, action))
+    assert torch.equal(following.s_c, mean + std * torch.randn(B, D_C))
+
+
+@pytest.mark.eq(9)
+def test_prior_is_a_two_layer_gaussian():
+    model, h = tiny_model(), torch.randn(B, D_H)
+    first, _, second = model.prior_net
+    out = second(torch.nn.functional.elu(first(h))).double()
+    mean, std = model.prior(h)
+    close(mean, out[:, :D_C])
+    close(std, (1 + out[:, D_C:].exp()).log() + 0.1)
+
+
+@pytest.mark.eq(9)
+@pytest.mark.dev(6)
+def test_prior_of_the_fused_code_is_built_on_request_alone():
+    assert not hasattr(tiny_model(), "fused_prior_net")
+    mean, std = tiny_model(fused_prior=True).fused_prior(torch.randn(T, B, D_C))
+    assert mean.shape == std.shape == (T, B, D_F) and (std > 0.1).all()
+
+
+@pytest.mark.eq(6)
+def test_given_its_latent_each_modality_and_each_step_is_independent():
+    """Eq. (6): a step's latent explains that step alone, and each modality has its own decoder."""
+    model, latent = tiny_model(heads="decoders"), torch.randn(T, B, D_C + D_H)
+    changed = latent.clone()
+    changed[2] += 1
+    with torch.no_grad():
+        before, after = model.decode(latent), model.decode(changed)
+        for name in MODALITIES:
+            for t in range(T):
+                assert torch.equal(before[name][t], after[name][t]) == (t != 2)
+        for parameter in model.decoders["depth"].parameters():
+            parameter.add_(1)
+        after = model.decode(latent)
+    assert [torch.equal(before[name], after[name]) for name in MODALITIES] == [True, False, True]
+
+
+@pytest.mark.eq(7, 8)
+def test_reward_and_decoders_read_s_c_and_h_alone():
+    """The latent they are given is [s^c, h], and they read all of it."""
+    model, h, s_c = tiny_model(heads="decoders"), torch.randn(T, B, D_H), torch.randn(T, B, D_C)
+    latent = model.latent(h, s_c)
+    assert torch.equal(latent, torch.cat([s_c, h], -1))
+    for head in (model.reward, *(lambda z, k=k: model.decode(z)[k] for k in MODALITIES)):
+        z = latent.clone().requires_grad_()
+        head(z).square().sum().backward()
+        assert (z.grad.flatten(0, 1).abs().sum(0) > 0).all()
+
+
+@pytest.mark.eq(7)
+def test_decoders_give_every_modality_its_shape_and_scale():
+    model, batch = tiny_model(heads="decoders"), random_batch()
+    decoded = model.decode(torch.randn(T, B, D_C + D_H))
+    for name, shape in MODALITIES.items():
+        assert decoded[name].shape == (T, B, *shape) == mssm.normalise(batch["observation"][name]).shape
+        assert decoded[name].dtype == torch.float32
+
+
+@pytest.mark.dev(9, 10)
+def test_normalise_scales_each_kind_of_observation():
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(64, 64, 3)
+    close(mssm.normalise(image)[0, 0], [-0.5, -0.3, 0.5])
+    depth = torch.tensor([-1.0, 0.0, 2.5, 10.0, 80.0]).view(5, 1, 1, 1).expand(5, 64, 64, 1)
+    close(mssm.normalise(depth)[:, 7, 7, 0], [-0.5, -0.5, -0.25, 0.5, 0.5])  # clipped at 10 m
+    touch = torch.tensor([[0.0, 7.6]])
+    assert torch.equal(mssm.normalise(touch), touch)
+
+
+def test_a_batch_of_64_by_64_vectors_is_no_depth_image():
+    """T = B = 64 is a batch size like any other."""
+    touch = 5 * torch.rand(64, 64, 2)
+    assert torch.equal(mssm.normalise(touch), touch)
+
+
+# ---- 3. Inference network, Eq. (11) --------------------------------------------------------------
+
+
+@pytest.mark.eq(11)
+def test_posterior_is_one_layer_of_the_code_and_h_together():
+    """Computed in two halves; Fig. 11 has [s^f, h] -> Linear, ELU -> Linear."""
+    model = tiny_model()
+    s_f, h = torch.randn(B, D_F), torch.randn(B, D_H)
+    mean, std, *_ = model.posterior(model.posterior_s_f(s_f), torch.ones(B).bool(), h)
+    weight = torch.cat([model.posterior_s_f.weight, model.posterior_h.weight], -1)
+    hidden = torch.nn.functional.elu(torch.cat([s_f, h], -1) @ weight.T + model.posterior_s_f.bias)
+    out = hidden @ model.posterior_out.weight.T + model.posterior_out.bias
+    close(mean, out[:, :D_C])
+    close(std, (1 + out[:, D_C:].double().exp()).log() + 0.1)
+
+
+@pytest.mark.eq(11)
+@pytest.mark.dev(3)
+def test_nothing_present_leaves_exactly_the_prior():
+    model, batch = tiny_model(), random_batch()
+    filtered = observe(model, batch)
+    unobserved = ~batch["present"].any(-1)
+    assert unobserved.any() and not unobserved.all()
+    assert torch.equal(filtered.mean[unobserved], filtered.prior_mean[unobserved])
+    assert torch.equal(filtered.std[unobserved], filtered.prior_std[unobserved])
+    kl = gaussian_kl(filtered.mean, filtered.std, filtered.prior_mean, filtered.prior_std)
+    assert torch.equal(kl == 0, unobserved)  # exactly 0 there, and nowhere else
+
+
+@pytest.mark.dev(3)
+def test_nothing_present_can_be_the_code_0_as_released():
+    model = tiny_model(prior_if_unobserved=False)
+    fused = model.fuse(torch.randn(M, T, B, D_X), torch.zeros(M, T, B).bool())
+    assert (fused.s_f == 0).all() and fused.observed.all()
+
+
+@pytest.mark.eq(11)
+@pytest.mark.parametrize("fusion", ["product", "concatenate"])
+def test_an_absent_modality_changes_nothing(fusion):
+    model, batch = tiny_model(fusion, "contrastive"), random_batch()
+    filtered = observe_seeded(model, batch)
+    for m, (name, x) in enumerate(batch["observation"].items()):
+        absent = ~batch["present"][..., m].view(T, B, *[1] * (x.ndim - 2))
+        changed = batch["observation"] | {name: torch.where(absent, torch.full_like(x, 9), x)}
+        assert same(filtered, observe_seeded(model, batch | {"observation": changed}))
+        changed = batch["observation"] | {name: torch.where(absent, x, torch.full_like(x, 9))}
+        assert not same(filtered, observe_seeded(model, batch | {"observation": changed}))
+
+
+@pytest.mark.eq(11)
+def test_the_mask_has_one_column_a_modality_in_their_order():
+    """Where only modality m is present, the product is expert m, at that step and sequence."""
+    model, batch = tiny_model(), random_batch()
+    which = torch.randint(M, (T, B))
+    filtered = observe(model, batch | {"present": torch.nn.functional.one_hot(which, M)})
+    for t, b in itertools.product(range(T), range(B)):
+        close(filtered.fused.mean[t, b], filtered.fused.expert_mean[which[t, b], t, b])
+        close(filtered.fused.std[t, b], filtered.fused.expert_std[which[t, b], t, b])
+    encoded = model.encode(batch["observation"])
+    for m, (name, expert) in enumerate(model.experts.items()):
+        assert name == list(MODALITIES)[m]
+        close(filtered.fused.expert_mean[m], expert(encoded[m])[..., :D_F])
+
+
+@pytest.mark.eq(11)
+@pytest.mark.parametrize("fusion", ["product", "concatenate"])
+def test_filtering_step_by_step_equals_filtering_the_sequence(monkeypatch, fusion):
+    """What acting does, one step and a carried state, is what training does."""
+    take_the_mean(monkeypatch)
+    model, batch = tiny_model(fusion), random_batch()
+    filtered, state = observe(model, batch), model.initial_state(B)
+    for t in range(T):
+        at_t = {name: x[t : t + 1] for name, x in batch["observation"].items()}
+        step = model.observe(at_t, batch["present"][t : t + 1], batch["action"][t : t + 1], state)
+        state = model.state(step)
+        close(state.h, filtered.h[t])
+        close(state.s_c, filtered.s_c[t])
+
+
+@pytest.mark.eq(11)
+def test_the_posterior_does_not_see_the_future():
+    model, batch = tiny_model(), random_batch()
+    batch["present"][2] = True
+    before = observe_seeded(model, batch)
+    rgb = batch["observation"]["rgb"].clone()
+    rgb[2] = 255 - rgb[2]
+    after = observe_seeded(model, batch | {"observation": batch["observation"] | {"rgb": rgb}})
+    for t in range(T):
+        assert torch.equal(before.mean[t], after.mean[t]) == (t < 2)
+        assert torch.equal(before.h[t], after.h[t]) == (t <= 2)  # x_t reaches h_t+1 first
+
+
+@pytest.mark.eq(9)
+def test_h_depends_on_the_action_that_led_to_it():
+    """action[t] is a_t-1 of Eq. (9): it changes h_t and what follows, and nothing before."""
+    model, batch = tiny_model(), random_batch()
+    before = observe_seeded(model, batch)
+    action = batch["action"].clone()
+    action[2] += 0.5
+    after = observe_seeded(model, batch | {"action": action})
+    for t in range(T):
+        assert torch.equal(before.h[t], after.h[t]) == (t < 2)
+
+
+def test_where_imagination_starts_carries_no_gradient():
+    model = tiny_model()
+    filtered = observe(model, random_batch())
+    state = model.state(filtered)
+    assert filtered.h.requires_grad and not state.h.requires_grad and not state.s_c.requires_grad
+    assert torch.equal(state.h, filtered.h.flatten(0, 1)) and torch.equal(state.s_c, filtered.s_c.flatten(0, 1))
+
+
+# ---- 4. Sizes, errors, compilation ---------------------------------------------------------------
+
+
+def test_the_paper_size_model_has_the_released_parameter_counts():
+    model = mssm.MSSM(MODALITIES, action_size=2)
+    assert [count(net) for net in model.encoders.values()] == [690_144, 689_120, 165_504]
+    assert [count(net) for net in model.experts.values()] == [3_148_800] * 3
+    rssm = (model.transition_in, model.transition_gru, model.prior_net,
+            model.posterior_s_f, model.posterior_h, model.posterior_out)  # fmt: skip
+    assert sum(count(net) for net in rssm) == 557_120
+    assert (count(model.code), count(model.reward_net)) == (236_544, 253_201)
+    parts = [*model.encoders.values(), *model.experts.values(), *rssm, model.code, model.reward_net]
+    assert count(model) == sum(count(net) for net in parts)  # and nothing else is built
+
+
+def layers(net):
+    """A network in words: each linear layer's outputs, each convolution's outputs and kernel, activations."""
+    words = []
+    for layer in net:
+        if isinstance(layer, torch.nn.Linear):
+            words.append(f"{layer.out_features}")
+        elif isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            assert layer.stride == (2, 2) and layer.padding == (0, 0)
+            words.append(f"{layer.out_channels}x{layer.kernel_size[0]}")
+        elif not isinstance(layer, (torch.nn.Flatten, torch.nn.Unflatten)):
+            words.append(type(layer).__name__)
+    return " ".join(words)
+
+
+def test_the_layers_are_those_of_the_figures():
+    model = mssm.MSSM(MODALITIES, A, heads="decoders")
+    assert layers(model.prior_net) == "200 ELU 60"  # Fig. 7
+    assert layers(model.encoders["rgb"]) == "32x4 ReLU 64x4 ReLU 128x4 ReLU 256x4 ReLU"  # Fig. 8
+    assert layers(model.encoders["touch"]) == "128 ReLU 128 ReLU 128 ReLU 1024 ReLU"  # Fig. 9
+    assert layers(model.experts["depth"]) == "1024 ReLU 2048"  # Fig. 10
+    assert layers(model.decoders["rgb"]) == "1024 128x5 ReLU 64x5 ReLU 32x6 ReLU 3x6"  # Fig. 16
+    assert layers(model.decoders["depth"]) == "1024 128x5 ReLU 64x5 ReLU 32x6 ReLU 1x6"  # Fig. 17
+    assert layers(model.decoders["touch"]) == "128 ReLU 128 ReLU 2"  # Fig. 18
+    assert layers(model.reward_net) == "400 ELU 400 ELU 1"
+    assert layers(tiny_model().code) == f"{D_F} ReLU"
+    cvrl = mssm.MSSM(MODALITIES, A, "concatenate", "contrastive")
+    assert layers(cvrl.project_x) == "400 ELU 200 ELU" and cvrl.project_x[0].in_features == 3072
+    assert layers(cvrl.project_z) == "200 ELU 200 ELU" and cvrl.project_z[0].in_features == 230
+
+
+def test_initial_parameters_are_keras():
+    """Zero biases, Glorot uniform kernels, an orthogonal recurrent kernel."""
+    model = tiny_model()
+    assert all((p == 0).all() for p in model.parameters() if p.ndim == 1)
+    recurrent = model.transition_gru.weight_hh
+    close((recurrent.T @ recurrent).detach(), torch.eye(D_H))
+    linear = model.experts["rgb"][0].weight
+    assert linear.abs().max().item() == pytest.approx(math.sqrt(6 / sum(linear.shape)), rel=0.01)
+
+
+@pytest.mark.parametrize("heads", ["code", "decoders", "contrastive"])
+def test_only_what_the_objective_trains_is_built(heads):
+    built = {name for name, _ in tiny_model(heads=heads).named_children()}
+    own = {"code": {"code"}, "decoders": {"decoders"}, "contrastive": {"project_x", "project_z"}}
+    assert built & set.union(*own.values()) == own[heads]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(modalities={}), "no modality"),
+    (dict(modalities={"rgb": (32, 32, 3)}), "'rgb' has shape"),
+    (dict(modalities={"touch": (2, 2)}), "'touch' has shape"),
+    (dict(fusion="sum"), "fusion 'sum'"),
+    (dict(heads="none"), "heads 'none'"),
+])  # fmt: skip
+def test_what_cannot_be_built_is_refused_with_advice(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mssm.MSSM(**{"modalities": MODALITIES, "action_size": A} | arguments)
+
+
+@pytest.mark.parametrize("fusion, heads", [("product", "code"), ("product", "decoders"), ("concatenate", "contrastive")])
+def test_observe_and_imagine_compile_into_one_graph(monkeypatch, fusion, heads):
+    take_the_mean(monkeypatch)
+    model, batch = tiny_model(fusion, heads), random_batch(2)
+
+    def run(observation, present, action):
+        filtered = model.observe(observation, present, action)
+        state = model.imagine_step(model.state(filtered), action.flatten(0, 1))
+        return filtered.mean, filtered.h, model.reward(model.latent(*state))
+
+    arguments = batch["observation"], batch["present"], batch["action"]
+    compiled = torch.compile(run, fullgraph=True, backend="eager")(*arguments)
+    for actual, expected in zip(compiled, run(*arguments)):
+        close(actual, expected)
+
+
+@pytest.mark.dev(14)
+def test_gaussians_are_in_float32_under_autocast():
+    model, batch = tiny_model(), random_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        filtered = observe(model, batch)
+        fields = [filtered.mean, filtered.std, filtered.s_c, filtered.prior_mean, filtered.fused.s_f,
+                  filtered.fused.expert_std, model.reward(model.latent(filtered.h, filtered.s_c))]  # fmt: skip
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in fields)

@@ -1,0 +1,125 @@
+"""The tests can fail: each planted fault, a few characters of one function, fails the test named beside it.
+
+The function is edited in memory for one test; a fault whose text is no longer in the source must be
+written anew.
+"""
+
+import inspect
+import textwrap
+
+import pytest
+import test_agent
+import test_methods
+import test_mssm
+import test_mummi_loss
+import test_replay
+
+import agent
+import mssm
+import mummi_loss
+import replay
+import train
+
+FAULTS = [  # name, function, its text, the fault, the test that must fail
+    # Fusion and inference, Eq. (11)
+    ("1/std for 1/std^2", mssm.product_of_experts, "std.pow(-power)", "std.pow(-1)",
+     test_mssm.test_product_of_experts_is_the_normalised_product_of_densities),
+    ("absent experts kept", mssm.product_of_experts, " * present.unsqueeze(-1)", "",
+     test_mssm.test_product_of_experts_drops_the_absent),
+    ("mean of the code, not a sample", mssm.MSSM.fuse, "sample(mean, std) if self.sample_s_f else mean", "mean",
+     test_mssm.test_the_fused_code_is_sampled_from_the_product),
+    ("mask on the wrong axis", mssm.MSSM.observe, "present.movedim(-1, 0)", "present.movedim(1, 0)",
+     test_mssm.test_the_mask_has_one_column_a_modality_in_their_order),
+    ("missing not zero-filled", mssm.MSSM.fuse, "features * present.unsqueeze(-1)", "features",
+     test_mssm.test_concatenation_has_zeros_where_missing),
+    ("prior for posterior", mssm.MSSM.posterior, "mean = torch.where(observed, mean, prior_mean)", "mean = prior_mean",
+     test_mssm.test_posterior_is_one_layer_of_the_code_and_h_together),
+    ("not the prior when nothing is present", mssm.MSSM.posterior, "torch.where(observed, std, prior_std)", "std",
+     test_mssm.test_nothing_present_leaves_exactly_the_prior),
+    ("action shifted by one", mssm.MSSM.observe, "action[t])", "action[t - 1])",
+     test_mssm.test_h_depends_on_the_action_that_led_to_it),
+    ("a look into the future", mssm.MSSM.observe, "from_s_f[t]", "from_s_f[-1]",
+     test_mssm.test_the_posterior_does_not_see_the_future),
+    ("depth not clipped", mssm.normalise, ".clamp(0, MAX_DEPTH)", "",
+     test_mssm.test_normalise_scales_each_kind_of_observation),
+
+    # Objectives, Eq. (10), (15)-(17)
+    ("-100 for -inf", mummi_loss.info_nce, "own), absent_logit)", "own), -100)",
+     test_mummi_loss.test_info_nce_equals_the_double_loop_when_some_are_absent),
+    ("rows masked, not columns", mummi_loss.info_nce, "~(present | own)", "~(present.unsqueeze(1) | own)",
+     test_mummi_loss.test_what_is_absent_changes_no_bound),
+    ("positives off by one step", mummi_loss.info_nce, "log_f.diagonal()", "log_f.roll(1, 1).diagonal()",
+     test_mummi_loss.test_info_nce_equals_the_double_loop_when_some_are_absent),
+    ("distances in bfloat16", mummi_loss.log_density_ratio, "enabled=False", "enabled=True",
+     test_mummi_loss.test_log_density_ratio_stays_in_float32_under_autocast),
+    ("mean over absent rows too", mummi_loss.mean_over, "present.sum().clamp(min=1)", "len(present)",
+     test_mummi_loss.test_mummi_loss_is_the_sum_written_out),
+    ("KL reversed", mummi_loss.gaussian_kl, "(mean_q, std_q, mean_p, std_p)", "(mean_p, std_p, mean_q, std_q)",
+     test_mummi_loss.test_gaussian_kl_of_the_posterior_from_the_prior),
+    ("free nats per step", mummi_loss.mummi_loss, "kl.mean().clamp(min=free_nats)", "kl.clamp(min=free_nats).mean()",
+     test_mummi_loss.test_free_nats_apply_to_the_mean_kl_not_to_each_step),
+    ("free nats per step, ELBO", mummi_loss.elbo_loss, "kl.mean().clamp(min=free_nats)", "kl.clamp(min=free_nats).mean()",
+     test_mummi_loss.test_free_nats_apply_to_the_mean_kl_not_to_each_step),
+    ("absent modalities reconstructed", mummi_loss.elbo_loss, "torch.where(present[name], log_likelihood, 0.0)", "log_likelihood",
+     test_mummi_loss.test_an_absent_modality_adds_no_likelihood),
+    ("lambda^m dropped", mummi_loss.mummi_loss, "weights[name] *", "1.0 *",
+     test_mummi_loss.test_mummi_loss_is_the_sum_written_out),
+    ("touch weighs as much as images", train.mummi, 'config.touch_weight if name == "touch" else 1.0', "1.0",
+     test_methods.test_mummi_sums_a_bound_for_each_expert),
+
+    # Behaviour, Eq. (18), (19)
+    ("lambda^n for lambda^(n-1)", agent.lambda_return, "(1 - lambda_) *", "(1 - lambda_) * lambda_ *",
+     test_agent.test_lambda_return_is_the_weighted_sum_of_n_step_returns),
+    ("value one step early", agent.lambda_return, "value[1:]", "value[:-1]",
+     test_agent.test_lambda_return_at_0_is_one_step_and_at_1_all_rewards),
+    ("bootstrap dropped", agent.lambda_return, "[], bootstrap", "[], 0 * bootstrap",
+     test_agent.test_lambda_return_is_the_weighted_sum_of_n_step_returns),
+    ("rewards one step early", agent.Agent.returns, "reward[:-1]", "reward[1:]",
+     test_agent.test_update_minimises_both_objectives_of_the_imagined_states),
+    ("target not detached", agent.critic_loss, "returns.detach()", "returns",
+     test_agent.test_critic_loss_treats_the_returns_as_targets),
+    ("actor's gradient reaches the model", agent.Agent.optimise, "inputs=parameters", "",
+     test_agent.test_each_loss_reaches_the_parameters_of_its_own_module_alone),
+    ("policy's latents not detached", agent.imagine, ".detach()", "",
+     test_agent.test_imagination_starts_detached_and_the_policy_sees_no_gradient),
+    ("imagination starts attached", mssm.MSSM.state, "filtered.h.flatten(0, 1).detach()", "filtered.h.flatten(0, 1)",
+     test_mssm.test_where_imagination_starts_carries_no_gradient),
+    ("optimiser without the experts", agent.Agent.adam, "module.parameters()",
+     "[p for name, p in module.named_parameters() if 'experts' not in name]",
+     test_agent.test_every_parameter_moves_and_belongs_to_one_optimiser),
+
+    # Acting
+    ("acting without fusion", agent.Agent.act, "present.unsqueeze(0)", "torch.zeros_like(present).unsqueeze(0)",
+     test_agent.test_acting_filters_as_training_does),
+    ("acting on zero-filled experts", agent.Agent.act, "present.unsqueeze(0)", "torch.ones_like(present).unsqueeze(0)",
+     test_agent.test_acting_filters_as_training_does),
+    ("acting forgets its last action", agent.Agent.act, "Memory(state, action)", "Memory(state, memory.action)",
+     test_agent.test_acting_filters_as_training_does),
+    ("exploration noise in evaluation", agent.Agent.act, "if explore:", "if True:",
+     test_agent.test_exploration_noise_only_with_explore),
+    ("memory kept across episodes", agent.Agent.act, "self.forget(memory, first)", "memory",
+     test_agent.test_an_episodes_first_decision_forgets_the_memory),
+    ("MPC by environment 0 alone", agent.Agent.plan, "[0].sum()", "[0][0]",
+     test_agent.test_mpc_follows_the_gradient_of_each_environments_own_return),
+    ("MPC downhill", agent.Agent.plan, "action + self.mpc_rate", "action - self.mpc_rate",
+     test_agent.test_mpc_raises_the_planned_return),
+
+    # Replay
+    ("sequences across episodes", replay.Replay.sample, "rows - length + 1", "rows",
+     test_replay.test_every_window_is_as_likely_as_any_other),
+    ("overwritten episodes kept", replay.Replay.add, "start + count <= first or", "True or",
+     test_replay.test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged),
+]  # fmt: skip
+CHOSEN = {"method": "mummi"}  # for a test that runs for several
+
+
+@pytest.mark.parametrize("function, text, fault, test", [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
+def test_a_planted_fault_fails_its_test(monkeypatch, request, function, text, fault, test):
+    source, planted = textwrap.dedent(inspect.getsource(function)), {}
+    assert source.count(text) == 1, f"write the fault anew: {text!r} is not once in {function.__qualname__}"
+    exec(source.replace(text, fault), function.__globals__, planted)
+    monkeypatch.setattr(function, "__code__", planted[function.__name__].__code__)  # for all who hold it
+    names = inspect.signature(test).parameters
+    arguments = {name: CHOSEN[name] if name in CHOSEN else request.getfixturevalue(name) for name in names}
+    with pytest.raises(AssertionError):
+        test(**arguments)

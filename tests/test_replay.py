@@ -1,0 +1,142 @@
+"""replay.py: what is drawn is what was stored, uniformly, never across an episode or the ring's seam."""
+
+import numpy as np
+import pytest
+
+from replay import Replay
+
+FIELDS = {"rgb": ((4, 4, 3), "uint8"), "episode": ((), "int64"), "step": ((), "int64"), "action": ((2,), "float32")}
+
+
+def episode(number, rows):
+    """Rows that know where they come from."""
+    rng = np.random.default_rng(number)
+    return {
+        "rgb": rng.integers(0, 256, (rows, 4, 4, 3)).astype(np.uint8),
+        "episode": np.full(rows, number),
+        "step": np.arange(rows),
+        "action": rng.normal(size=(rows, 2)).astype(np.float32),
+    }
+
+
+def filled(folder, lengths, capacity=1000):
+    replay = Replay(folder, FIELDS, capacity)
+    for number, rows in enumerate(lengths):
+        replay.add(episode(number, rows))
+    return replay
+
+
+def kept(replay, draws=500):
+    """The numbers of the episodes that are drawn."""
+    return set(np.unique(replay.sample(draws, 1, np.random.default_rng(0))["episode"]))
+
+
+def test_sequences_are_time_first_and_of_the_stored_type(tmp_path):
+    batch = filled(tmp_path, [20]).sample(3, 5, np.random.default_rng(0))
+    for key, (shape, dtype) in FIELDS.items():
+        assert batch[key].shape == (5, 3, *shape) and batch[key].dtype == dtype
+
+
+def test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged(tmp_path):
+    """Also across the seam: the ring has gone round several times."""
+    lengths = [17, 9, 23, 12, 5, 30, 14, 8, 26, 11, 19]
+    replay = filled(tmp_path, lengths, capacity=70)
+    batch = replay.sample(300, 6, np.random.default_rng(0))
+    assert len(set(batch["episode"][0])) > 1
+    for b in range(300):
+        number, first = batch["episode"][0, b], batch["step"][0, b]
+        source = episode(number, lengths[number])
+        for key in FIELDS:
+            np.testing.assert_array_equal(batch[key][:, b], source[key][first : first + 6])
+
+
+def test_every_window_is_as_likely_as_any_other(tmp_path):
+    """Chi-square of 20,000 draws over all windows of episodes of unequal length."""
+    lengths, length, draws = [7, 30, 4, 12, 5], 5, 20_000
+    batch = filled(tmp_path, lengths).sample(draws, length, np.random.default_rng(0))
+    windows = {(number, first) for number, rows in enumerate(lengths) for first in range(rows - length + 1)}
+    drawn, counts = np.unique(np.stack([batch["episode"][0], batch["step"][0]]), axis=1, return_counts=True)
+    assert set(map(tuple, drawn.T)) == windows  # 38: every one, the first and the last of each episode
+    expected = draws / len(windows)
+    assert ((counts - expected) ** 2 / expected).sum() < 70  # 37 degrees of freedom: p = 0.001 at 69.3
+
+
+def test_the_oldest_episodes_make_room(tmp_path):
+    replay = filled(tmp_path, [10, 10, 10], capacity=30)
+    assert kept(replay) == {0, 1, 2} and len(replay) == 30
+    replay.add(episode(3, 4))
+    assert kept(replay) == {1, 2, 3} and len(replay) == 24
+    replay.add(episode(4, 6))  # fits behind it
+    assert kept(replay) == {1, 2, 3, 4} and len(replay) == 30
+    replay.add(episode(5, 30))
+    assert kept(replay) == {5} and len(replay) == 30
+
+
+def test_what_is_drawn_is_a_copy(tmp_path):
+    replay = filled(tmp_path, [10])
+    replay.sample(4, 10, np.random.default_rng(0))["rgb"][:] = 0
+    np.testing.assert_array_equal(replay.sample(1, 10, np.random.default_rng(0))["rgb"][:, 0], episode(0, 10)["rgb"])
+
+
+def test_record_keeps_the_environments_apart_until_each_is_done(tmp_path):
+    replay, a, b = Replay(tmp_path, FIELDS, 100), episode(0, 6), episode(1, 4)
+    replay.begin(2)
+    finished = []
+    for t in range(6):
+        step = {key: np.stack([a[key][t], b[key][min(t, 3)]]) for key in FIELDS}
+        finished += replay.record(step, np.array([t == 5, t == 3]))
+    assert len(finished) == 2 and len(replay) == 10
+    for actual, expected in zip(finished, (b, a)):
+        for key in FIELDS:
+            np.testing.assert_array_equal(actual[key], expected[key])
+    replay.begin(2)  # what was under way is dropped
+    assert len(replay) == 10 and replay.open == [[], []]
+
+
+def test_reopened_it_goes_on_from_the_saved_state(tmp_path):
+    """A resumed run sees what was there at the checkpoint; what came after is forgotten."""
+    replay = filled(tmp_path, [10, 10])
+    state = replay.state_dict()
+    replay.flush()
+    replay.add(episode(2, 10))
+    reopened = Replay(tmp_path, FIELDS, 1000)
+    assert len(reopened) == 0
+    reopened.load_state_dict(state)
+    assert kept(reopened) == {0, 1}
+    batch = reopened.sample(20, 10, np.random.default_rng(0))
+    for b in range(20):
+        np.testing.assert_array_equal(batch["rgb"][:, b], episode(batch["episode"][0, b], 10)["rgb"])
+    reopened.add(episode(3, 10))  # where episode 2 was
+    assert kept(reopened) == {0, 1, 3}
+
+
+@pytest.mark.xfail(strict=True, reason="episodes overwritten after the checkpoint are still listed by it")
+def test_reopened_it_does_not_draw_what_was_overwritten_since(tmp_path):
+    replay = filled(tmp_path, [10, 10, 10], capacity=30)
+    state = replay.state_dict()
+    replay.add(episode(3, 4))  # the ring goes round: over the first rows of episode 0
+    reopened = Replay(tmp_path, FIELDS, 30)
+    reopened.load_state_dict(state)
+    assert kept(reopened) == {1, 2}
+
+
+def test_an_empty_replay_takes_no_room_on_disk(tmp_path):
+    replay = Replay(tmp_path, {"rgb": ((64, 64, 3), "uint8")}, 10_000)
+    replay.add({"rgb": np.ones((10, 64, 64, 3), np.uint8)})
+    replay.flush()
+    file = (tmp_path / "rgb.npy").stat()
+    assert file.st_size > 100e6 and file.st_blocks * 512 < 1e6
+
+
+def test_what_cannot_be_done_is_refused_with_advice(tmp_path):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="collect more"):
+        Replay(tmp_path / "empty", FIELDS, 10).sample(1, 1, rng)
+    with pytest.raises(ValueError, match="no episode in the replay has 6 steps"):
+        filled(tmp_path / "short", [5, 5]).sample(1, 6, rng)
+    with pytest.raises(ValueError, match="enlarge"):
+        filled(tmp_path / "long", [11], capacity=10)
+    with pytest.raises(ValueError, match="use another folder"):
+        Replay(tmp_path / "short", FIELDS, 999)
+    with pytest.raises(ValueError, match="use another folder"):
+        Replay(tmp_path / "short", FIELDS | {"action": ((2,), "float64")}, 1000)

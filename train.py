@@ -1,0 +1,508 @@
+"""Train MuMMI, or one of its baselines, on one task: `python train.py --task finger_spin`.
+
+The loop of Appendix A: environments step in worker processes; meanwhile the agent learns from
+sequences drawn from the replay. Everything a run leaves is in its folder, `runs/<name>`:
+
+    config.json      what `--help` lists
+    metrics.jsonl    a line every `log_every` updates and every evaluation (also for TensorBoard)
+    checkpoint.pt    after every evaluation; `--resume runs/<name>` goes on from there
+    replay/          the collected episodes
+    video-*.mp4      what the agent saw in an evaluation episode
+
+Evaluate it with `python evaluate.py runs/<name>`.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import envs as environments
+from agent import Agent
+from mssm import MSSM, normalise
+from mummi_loss import (elbo_loss, gaussian_kl, gaussian_log_prob, info_nce, log_density_ratio,
+                        log_inner_product, mean_over, mummi_loss, mutual_information)  # fmt: skip
+from replay import Replay
+
+# ---- 1. Configuration ----------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Defaults are the paper's; where it is silent, the released code's [code]; see the README."""
+
+    task: str = "finger_spin"  # finger_spin, walker_stand, walker_walk, walker_run, cup_catch, toy, ...
+    method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer (Table I, II)
+    seed: int = 1  # of every generator.  Dev. D15
+    name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed>
+    resume: str = ""  # folder of a run to go on with; its configuration is used
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # auto (bfloat16 on a GPU), float32 or bfloat16.  Dev. D14
+
+    # Environments, section V
+    num_envs: int = 8  # stepping side by side in worker processes
+    missing_rate: float = 0.375  # of each sensor's data in training, section V
+    missing_process: str = "exact"  # exact, or released: the released code's.  Dev. D7
+    backgrounds: str = "procedural"  # or a folder of videos, of folders of frames, or CVRL's arrays
+
+    # Protocol, section V and [code]
+    steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16
+    prefill: int = 5_000  # environment steps of random actions first [code]
+    first_updates: int = 100  # updates after the random steps [code]
+    updates_per_1000: float = 100  # updates per 1,000 environment steps [code]
+    capacity: int = 1_000_000  # decisions kept in the replay
+    log_every: int = 100  # updates between log lines
+    eval_every: int = 40_000  # environment steps between evaluations, rounded up to whole episodes
+    eval_episodes: int = 10  # at the training missing rate, backgrounds unseen in training
+
+    # Model, Appendix B
+    d_h: int = 200  # size of the deterministic state h
+    d_c: int = 30  # size of the stochastic state s^c
+    d_f: int = 1024  # size of the fused code s^f
+    hidden: int = 200  # hidden layers of transition, prior and posterior
+    units: int = 400  # hidden layers of reward, actor and critic [code]
+    channels: int = 32  # of the first convolution; features are 32 times as many
+    sample_s_f: bool = True  # sample the fused code; False takes its mean [code].  Dev. D2
+    prior_if_unobserved: bool = True  # posterior = prior without observation; False: code 0 [code].  Dev. D3
+    expert_power: int = 2  # experts weigh 1/std^2; 1 gives 1/std [code].  Dev. D1
+
+    # Objective, Eq. (17)
+    touch_weight: float = 0.001  # lambda^m of touch; 1 for every other modality [code].  Dev. D8
+    reward_weight: float = 1.0  # of log p(r | z), Eq. (17)
+    free_nats: float = 3.0  # of the KL [code]
+    fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6
+    absent_logit: float = -math.inf  # log f of absent observations; -100 in [code].  Dev. D4
+    over_present: bool = True  # InfoNCE is averaged over present steps; False: over all [code].  Dev. D5
+
+    # Learning [code]
+    batch_size: int = 50  # sequences a batch
+    batch_length: int = 50  # steps a sequence
+    model_lr: float = 6e-4
+    actor_lr: float = 8e-5
+    critic_lr: float = 8e-5
+    clip: float = 30.0  # global norm of each of the three gradients
+
+    # Behaviour, Appendix A
+    horizon: int = 15  # imagined steps
+    discount: float = 0.99
+    lambda_: float = 0.95  # of the lambda-return, Eq. (19)
+    initial_std: float = 5.0  # of the untrained actor, before tanh [code]
+    mpc_rate: float = 0.003  # of latent-guided MPC [CVRL]
+    mpc_iterations: int = 1  # 0 switches MPC off
+    exploration: float = 0.3  # standard deviation of the noise on training actions
+
+
+# A task's own defaults. The toy control task trains on a CPU in minutes.
+TOY = dict(
+    num_envs=4, steps=4_000, prefill=2_000, updates_per_1000=400, capacity=20_000, eval_every=1_000,
+    d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12,
+    model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, reward_weight=5.0, log_every=50,
+)  # fmt: skip
+TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY}
+
+
+POSITIVE = ("num_envs steps capacity log_every eval_every eval_episodes d_h d_c d_f hidden units channels "
+            "batch_size batch_length horizon").split()  # fmt: skip
+MAY_CHANGE = ("resume", "device", "steps", "log_every", "eval_every")  # when a run is resumed
+
+
+def parse(arguments=None):
+    """The configuration from the command line, on top of the task's, or the resumed run's, own.
+
+    Raises ValueError where `check` does.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=Config.task)
+    first.add_argument("--resume", default="")
+    known = first.parse_known_args(arguments)[0]
+    if known.resume:
+        default = replace(load_config(known.resume), resume=known.resume)
+    else:
+        default = Config(task=known.task, **TASK_DEFAULTS.get(known.task, {}))
+    config = tyro.cli(Config, args=arguments, default=default, description=__doc__)
+    for field in fields(Config):
+        was, given = getattr(default, field.name), getattr(config, field.name)
+        if known.resume and field.name not in MAY_CHANGE and was != given:
+            option = "--" + field.name.replace("_", "-")
+            raise ValueError(f"{known.resume} was trained with {option} {was}, not {given}: leave {option} out, "
+                             "or start a new run")  # fmt: skip
+    check(config)
+    return config
+
+
+def load_config(folder):
+    """The configuration of a run. Raises ValueError if the folder holds none."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is not the folder of a run: {path} is missing; give one like runs/toy-mummi-1")
+    return Config(**json.loads(path.read_text()))
+
+
+def check(config):
+    """Raises ValueError with one line that says what was given, what is allowed and what to do."""
+    for name in POSITIVE:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give more than 0")
+    for name, allowed in {
+        "task": list(environments.TASKS), "method": list(METHODS), "device": ["auto", "cpu", "cuda"],
+        "precision": ["auto", "float32", "bfloat16"], "missing_process": ["exact", "released"],
+    }.items():  # fmt: skip
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is unknown: choose one of {', '.join(allowed)}")
+    if not 0 <= config.missing_rate < 1:
+        raise ValueError(f"--missing-rate {config.missing_rate} is not allowed: give at least 0 and less than 1")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU: leave --device out, or give cpu")
+    if not config.resume and run_folder(config).exists():
+        raise ValueError(f"{run_folder(config)} exists already: give another --name, or go on with --resume {run_folder(config)}")
+
+
+def run_folder(config):
+    """runs/<name>, by default runs/<task>-<method>-<seed>."""
+    return Path(config.resume or Path("runs") / (config.name or f"{config.task}-{config.method}-{config.seed}"))
+
+
+# ---- 2. Methods: a fusion and an objective each --------------------------------------------------
+
+
+def shared_terms(model, filtered, batch, config):
+    """What every objective has: latents (N, D_z), log p(r | z) (N,), KL (N,) and metrics."""
+    latent = model.latent(filtered.h, filtered.s_c).flatten(0, 1)
+    predicted, reward = model.reward(latent), batch["reward"].flatten()
+    log_reward = config.reward_weight * gaussian_log_prob(reward, predicted)
+    kl = gaussian_kl(filtered.mean, filtered.std, filtered.prior_mean, filtered.prior_std).flatten()
+    error = (reward - predicted).square().mean() / reward.var().clamp(min=1e-6)
+    return latent, log_reward, kl, {"kl": kl.mean(), "reward_error": error}
+
+
+def information(log_f, present, config):
+    """InfoNCE of every density ratio, Eq. (15), and the nats it shows, Eq. (12)."""
+    bounds = {name: info_nce(log_f[name], present[name], config.absent_logit) for name in log_f}
+    metrics = {f"information_{name}": mutual_information(bounds[name], present[name]) for name in log_f}
+    return bounds, metrics
+
+
+def mummi(model, filtered, batch, config):
+    """Eq. (17): one density ratio a modality pulls every expert's mean to the shared code g(z)."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
+    code = model.code(latent)  # (N, D_f)
+    experts = dict(zip(model.modalities, filtered.fused.expert_mean.flatten(1, 2)))
+    present = dict(zip(model.modalities, filtered.present.flatten(1)))
+    log_f = {name: log_density_ratio(code, mean) for name, mean in experts.items()}
+    bounds, nats = information(log_f, present, config)
+    weights = {name: config.touch_weight if name == "touch" else 1.0 for name in bounds}
+    loss = mummi_loss(bounds, present, weights, log_reward, kl, config.free_nats, config.over_present)
+    return loss + fused_kl(model, filtered, config), metrics | nats
+
+
+def mummi_b(model, filtered, batch, config):
+    """Eq. (17) with f_b of section V: one density ratio, of the fused product's mean."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
+    present = {"fused": filtered.present.any(0).flatten()}
+    log_f = {"fused": log_density_ratio(model.code(latent), filtered.fused.mean.flatten(0, 1))}
+    bounds, nats = information(log_f, present, config)
+    loss = mummi_loss(bounds, present, {"fused": 1.0}, log_reward, kl, config.free_nats, config.over_present)
+    return loss + fused_kl(model, filtered, config), metrics | nats
+
+
+def cvrl(model, filtered, batch, config):
+    """[CVRL]: one contrastive bound between the latent and all features, zeros where missing."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
+    present = {"concatenated": filtered.present.any(0).flatten()}
+    features = model.project_x(filtered.fused.s_f.flatten(0, 1))
+    bounds, nats = information({"concatenated": log_inner_product(model.project_z(latent), features)}, present, config)
+    loss = mummi_loss(bounds, present, {"concatenated": 1.0}, log_reward, kl, config.free_nats, config.over_present)
+    return loss, metrics | nats
+
+
+def elbo(model, filtered, batch, config):
+    """Eq. (10): every modality that is present is reconstructed."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
+    decoded = model.decode(latent.unflatten(0, filtered.h.shape[:2]))
+    present = dict(zip(model.modalities, filtered.present.flatten(1)))
+    log_likelihoods = {}
+    for name, mean in decoded.items():
+        x = normalise(batch["observation"][name])
+        log_likelihoods[name] = gaussian_log_prob(x, mean, event_dims=x.ndim - 2).flatten()
+        metrics[f"reconstruction_{name}"] = mean_over(log_likelihoods[name], present[name])
+    loss = elbo_loss(log_likelihoods, present, log_reward, kl, config.free_nats)
+    return loss + fused_kl(model, filtered, config), metrics
+
+
+def fused_kl(model, filtered, config):
+    """The KL of s^f in Eq. (10) and (17), which the released code leaves out.  Dev. D6"""
+    if config.fused_kl_scale == 0 or filtered.fused.mean is None:
+        return 0.0
+    kl = gaussian_kl(filtered.fused.mean, filtered.fused.std, *model.fused_prior(filtered.s_c))
+    return config.fused_kl_scale * mean_over(kl, filtered.present.any(0))
+
+
+METHODS = {  # method: fusion, what its objective trains besides the reward, objective
+    "mummi": ("product", "code", mummi),
+    "mummi_b": ("product", "code", mummi_b),
+    "mssm_e": ("product", "decoders", elbo),
+    "cvrl": ("concatenate", "contrastive", cvrl),
+    "dreamer": ("concatenate", "decoders", elbo),
+}
+
+
+def make_agent(config, observation_space, action_size):
+    """The agent of a configuration, on its device. Seeds torch."""
+    torch.manual_seed(config.seed)
+    fusion, heads, objective = METHODS[config.method]
+    modalities = {name: space.shape for name, space in observation_space.items() if name != "present"}
+    model = MSSM(modalities, action_size, fusion, heads, config.d_h, config.d_c, config.d_f, config.hidden,
+                 config.units, config.channels, fused_prior=fusion == "product" and config.fused_kl_scale > 0, sample_s_f=config.sample_s_f,
+                 prior_if_unobserved=config.prior_if_unobserved, expert_power=config.expert_power)  # fmt: skip
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return Agent(
+        model, partial(objective, config=config), action_size, config.units, config.horizon, config.discount,
+        config.lambda_, config.initial_std, config.model_lr, config.actor_lr, config.critic_lr, config.clip, config.mpc_rate,
+        config.mpc_iterations, config.exploration, device="cuda" if cuda else "cpu",
+        bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and cuda),
+    )  # fmt: skip
+
+
+# ---- 3. Between environments, replay and agent ---------------------------------------------------
+
+
+def to_device(x, device):
+    """NumPy arrays in nested dictionaries as tensors on the device."""
+    if isinstance(x, dict):
+        return {name: to_device(value, device) for name, value in x.items()}
+    return torch.as_tensor(x).to(device)
+
+
+def act(agent, memory, observation, first, explore):
+    """`Agent.act` for a vector environment's observation; the action as a NumPy array (B, A)."""
+    observation = to_device(observation, agent.device)
+    present = observation.pop("present")
+    action, memory = agent.act(memory, observation, present, to_device(first, agent.device), explore)
+    return action.float().cpu().numpy(), memory
+
+
+def replay_fields(observation_space, action_size):
+    """{key: (shape, dtype)} of what the replay keeps of one step; two bytes a pixel of depth."""
+    half = lambda space: len(space.shape) == 3 and space.dtype == np.float32  # noqa: E731
+    keys = {name: (space.shape, np.float16 if half(space) else space.dtype) for name, space in observation_space.items()}
+    return keys | {"action": ((action_size,), np.dtype("float32")), "reward": ((), np.dtype("float32"))}
+
+
+def training_batch(replay, config, rng, device):
+    """What `Agent.update` reads, drawn from the replay."""
+    batch = to_device(replay.sample(config.batch_size, config.batch_length, rng), device)
+    rest = {name: batch.pop(name) for name in ("present", "action", "reward")}
+    return {"observation": batch, **rest}
+
+
+def updates_due(config, steps):
+    """How many updates the protocol has asked for after so many environment steps."""
+    if steps < config.prefill:
+        return 0
+    return config.first_updates + int((steps - config.prefill) * config.updates_per_1000 / 1000)
+
+
+def seeds(*numbers, count):
+    """`count` seeds that depend on all the numbers."""
+    return [int(seed) for seed in np.random.SeedSequence(numbers).generate_state(count)]
+
+
+def run_episodes(agent, envs, seed):
+    """One episode in each environment, without exploration or learning.
+
+    returns  returns (num_envs,), and what the first environment's agent saw, a list of observations
+    """
+    observation, _ = envs.reset(seed=seeds(seed, count=envs.num_envs))
+    memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
+    first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
+    seen = []
+    while running.any():
+        seen.append({name: value[0] for name, value in observation.items()})
+        action, memory = act(agent, memory, observation, first, explore=False)
+        observation, reward, terminated, truncated, _ = envs.step(action)
+        total += reward * running
+        running &= ~(terminated | truncated)
+        first = np.zeros(envs.num_envs, bool)
+    return total, seen
+
+
+# ---- 4. What a run leaves ------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl and TensorBoard; averages metrics between two lines without waiting for the GPU."""
+
+    def __init__(self, folder):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = open(folder / "metrics.jsonl", "a", buffering=1)
+        self.board = SummaryWriter(folder)
+        self.pending = defaultdict(list)
+
+    def add(self, metrics):
+        for name, value in metrics.items():
+            self.pending[name].append(value)
+
+    def write(self, steps, **more):
+        """One line: the means of what was added since the last one, and `more`."""
+        line = {name: float(torch.stack(values).mean()) for name, values in self.pending.items()} | more
+        self.pending.clear()
+        self.file.write(json.dumps({"steps": steps, **line}) + "\n")
+        for name, value in line.items():
+            self.board.add_scalar(name, value, steps)
+        return line
+
+
+def save_checkpoint(folder, agent, replay, rng, config, steps, updates):
+    """Everything that `--resume` and `evaluate.py` need, written beside the old one and then renamed."""
+    state = {
+        "config": asdict(config), "steps": steps, "updates": updates, "agent": agent.state_dict(),
+        "replay": replay.state_dict(), "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
+    }  # fmt: skip
+    replay.flush()
+    with open(folder / "checkpoint.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+
+
+def load_checkpoint(folder, device):
+    """The dictionary of `save_checkpoint`. Raises ValueError if there is none."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: the run has not reached its first evaluation yet")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def panel(name, x):
+    """One modality as a picture (64, 64, 3) uint8: colour, depth in grey, a vector as bars."""
+    if x.dtype == np.uint8:
+        return x
+    if x.ndim == 3:  # metres; nothing was hit at 10 m
+        grey = 255 * (1 - x.astype(np.float32) / 10) * (x > 0)
+        return np.repeat(grey.astype(np.uint8), 3, axis=-1)
+    bars = np.zeros((64, 64, 3), np.uint8)
+    for i, value in enumerate(x):
+        left, right = 64 * i // len(x) + 2, 64 * (i + 1) // len(x) - 2
+        height = int(np.clip(abs(value) / 8 if name == "touch" else abs(value), 0, 1) * 63)
+        bars[63 - height :, left:right] = (90, 200, 120)
+    return bars
+
+
+def write_video(path, seen, fps=20):
+    """What an agent saw, one panel a modality, black where missing, as an MP4."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = None
+        for observation in seen:
+            panels = [panel(name, x) for name, x in observation.items() if name != "present"]
+            picture = np.concatenate(panels, 1).repeat(4, 0).repeat(4, 1)
+            if stream is None:
+                stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
+                stream.height, stream.width = picture.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+
+
+# ---- 5. The loop ---------------------------------------------------------------------------------
+
+
+def keep_freed_memory():
+    """Let glibc keep freed activations instead of faulting their pages in again each update."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def main(config):
+    """Train from the configuration; see the module's docstring for what it leaves."""
+    # Worker processes first: they are forked, and must not inherit a CUDA context
+    kwargs = dict(missing_rate=config.missing_rate, missing_process=config.missing_process, backgrounds=config.backgrounds)
+    envs = environments.make_vector_env(config.task, config.num_envs, config.seed, **kwargs)
+    eval_envs = environments.make_vector_env(config.task, config.eval_episodes, config.seed, split="eval", **kwargs)
+    space, action_size = envs.single_observation_space, envs.single_action_space.shape[0]
+    repeat = envs.get_attr("action_repeat")[0]
+
+    agent = make_agent(config, space, action_size)
+    if agent.device.type == "cpu":
+        keep_freed_memory()
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=bool(config.resume))
+    (folder / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2) + "\n")
+    replay = Replay(folder / "replay", replay_fields(space, action_size), config.capacity)
+    rng, log = np.random.default_rng(config.seed), Log(folder)
+    steps = updates = 0
+    if config.resume:
+        state = load_checkpoint(folder, agent.device)
+        agent.load_state_dict(state["agent"])
+        replay.load_state_dict(state["replay"])
+        rng.bit_generator.state = state["rng"]
+        torch.set_rng_state(state["torch_rng"].cpu())
+        steps, updates = state["steps"], state["updates"]
+
+    bar = tqdm(total=config.steps, initial=steps, unit="step", smoothing=0.05)
+    while steps < config.steps:
+        # Collect whole episodes and learn until the next evaluation. Their seeds depend on the
+        # step, so that a resumed run draws the episodes it would have drawn uninterrupted.
+        stop = min(steps + config.eval_every, config.steps)
+        observation, _ = envs.reset(seed=seeds(config.seed, steps, count=config.num_envs))
+        replay.begin(config.num_envs)
+        memory, first = agent.initial_memory(config.num_envs), np.ones(config.num_envs, bool)
+        action, reward = np.zeros((config.num_envs, action_size), np.float32), np.zeros(config.num_envs)
+        done = ~first
+        while True:
+            for episode in replay.record({**observation, "action": action, "reward": reward}, done):
+                log.write(steps, train_return=float(episode["reward"].sum()))
+                bar.set_postfix(return_=f"{episode['reward'].sum():.0f}")
+            if steps >= stop and done.any():
+                break
+
+            if steps < config.prefill:
+                action = rng.uniform(-1, 1, (config.num_envs, action_size)).astype(np.float32)
+            else:
+                action, memory = act(agent, memory, observation, first, explore=True)
+            envs.step_async(action)
+            while updates < updates_due(config, steps):  # the environments step meanwhile
+                log.add(agent.update(training_batch(replay, config, rng, agent.device)))
+                updates += 1
+                if updates % config.log_every == 0:
+                    log.write(steps, updates=updates)
+            observation, reward, terminated, truncated, _ = envs.step_wait()
+
+            first, done = done, terminated | truncated  # the step after the last is a reset
+            action = np.where(first[:, None], 0, action)
+            steps += repeat * int((~first).sum())
+            bar.update(steps - bar.n)
+
+        returns, seen = run_episodes(agent, eval_envs, config.seed)
+        log.write(steps, updates=updates, eval_return=returns.mean(), eval_std=returns.std())
+        tqdm.write(f"step {steps}: return {returns.mean():.1f} +- {returns.std():.1f} of {len(returns)} episodes")
+        write_video(folder / f"video-{steps:08}.mp4", seen)
+        save_checkpoint(folder, agent, replay, rng, config, steps, updates)
+    bar.close()
+    envs.close()
+    eval_envs.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
