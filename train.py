@@ -105,11 +105,12 @@ class Config:
     exploration: float = 0.3  # standard deviation of the noise on training actions
 
 
-# A task's own defaults. The toy control task trains on a CPU in minutes.
+# A task's own defaults. The toy control task trains on a CPU in minutes: small networks and batches,
+# larger learning rates, a shorter memory of the future than 100 steps.
 TOY = dict(
-    num_envs=4, steps=4_000, prefill=2_000, updates_per_1000=400, capacity=20_000, eval_every=1_000,
-    d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12,
-    model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, reward_weight=5.0, log_every=50,
+    num_envs=4, steps=5_200, prefill=2_000, first_updates=200, updates_per_1000=400, capacity=20_000, eval_every=800,
+    d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
+    model_lr=2e-3, actor_lr=3e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
 )  # fmt: skip
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY}
 
@@ -324,14 +325,14 @@ def seeds(*numbers, count):
 def run_episodes(agent, envs, seed):
     """One episode in each environment, without exploration or learning.
 
-    returns  returns (num_envs,), and what the first environment's agent saw, a list of observations
+    returns  returns (num_envs,), and what the agents saw, one dictionary of (num_envs, ...) a step
     """
     observation, _ = envs.reset(seed=seeds(seed, count=envs.num_envs))
     memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     seen = []
     while running.any():
-        seen.append({name: value[0] for name, value in observation.items()})
+        seen.append(observation)
         action, memory = act(agent, memory, observation, first, explore=False)
         observation, reward, terminated, truncated, _ = envs.step(action)
         total += reward * running
@@ -372,6 +373,7 @@ def save_checkpoint(folder, agent, replay, rng, config, steps, updates):
     state = {
         "config": asdict(config), "steps": steps, "updates": updates, "agent": agent.state_dict(),
         "replay": replay.state_dict(), "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all(),
     }  # fmt: skip
     replay.flush()
     with open(folder / "checkpoint.tmp", "wb") as file:
@@ -381,12 +383,12 @@ def save_checkpoint(folder, agent, replay, rng, config, steps, updates):
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
 
 
-def load_checkpoint(folder, device):
-    """The dictionary of `save_checkpoint`. Raises ValueError if there is none."""
+def load_checkpoint(folder):
+    """The dictionary of `save_checkpoint`, on the CPU. Raises ValueError if there is none."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"{path} is missing: the run has not reached its first evaluation yet")
-    return torch.load(path, map_location=device, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def panel(name, x):
@@ -405,13 +407,16 @@ def panel(name, x):
 
 
 def write_video(path, seen, fps=20):
-    """What an agent saw, one panel a modality, black where missing, as an MP4."""
+    """What the first of the agents saw, one panel a modality, black where missing, as an MP4.
+
+    seen  one dictionary of (num_envs, ...) a step, from `run_episodes`
+    """
     import av
 
     with av.open(str(path), "w") as container:
         stream = None
         for observation in seen:
-            panels = [panel(name, x) for name, x in observation.items() if name != "present"]
+            panels = [panel(name, x[0]) for name, x in observation.items() if name != "present"]
             picture = np.concatenate(panels, 1).repeat(4, 0).repeat(4, 1)
             if stream is None:
                 stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
@@ -429,6 +434,12 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def announce_cpu(seconds, config):
+    """Say once what to expect without a GPU. seconds: of one update"""
+    hours = updates_due(config, config.steps) * seconds / 3600
+    tqdm.write(f"no GPU: an update takes {seconds:.2f} s on this CPU, all of them about {hours:.1f} hours", sys.stderr)
 
 
 def main(config):
@@ -450,11 +461,12 @@ def main(config):
     rng, log = np.random.default_rng(config.seed), Log(folder)
     steps = updates = 0
     if config.resume:
-        state = load_checkpoint(folder, agent.device)
+        state = load_checkpoint(folder)
         agent.load_state_dict(state["agent"])
         replay.load_state_dict(state["replay"])
         rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"].cpu())
+        torch.set_rng_state(state["torch_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
         steps, updates = state["steps"], state["updates"]
 
     bar = tqdm(total=config.steps, initial=steps, unit="step", smoothing=0.05)
@@ -480,8 +492,11 @@ def main(config):
                 action, memory = act(agent, memory, observation, first, explore=True)
             envs.step_async(action)
             while updates < updates_due(config, steps):  # the environments step meanwhile
+                started = time.perf_counter()
                 log.add(agent.update(training_batch(replay, config, rng, agent.device)))
                 updates += 1
+                if updates == 2 and agent.device.type == "cpu":
+                    announce_cpu(time.perf_counter() - started, config)
                 if updates % config.log_every == 0:
                     log.write(steps, updates=updates)
             observation, reward, terminated, truncated, _ = envs.step_wait()
@@ -501,8 +516,14 @@ def main(config):
     eval_envs.close()
 
 
+def fail(program, error):
+    """One line on stderr and exit code 2, as for any wrong use of a command line."""
+    print(f"{program}: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
     try:
         main(parse())
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        fail("train.py", error)
