@@ -289,10 +289,7 @@ class Agent:
                 observation, present.unsqueeze(0), memory.action.unsqueeze(0), memory.state
             )
             state = self.model.state(filtered)
-            policy = self.actor.sample if explore else self.actor.mode
-            action = policy(self.model.latent(*state))
-        if self.mpc_iterations > 0:
-            action = self.plan(state, policy)
+        action = self.plan(state, self.actor.sample if explore else self.actor.mode)
         if explore:
             action = action + self.exploration * torch.randn_like(action)
         action = action.clamp(-1, 1)
@@ -329,7 +326,7 @@ class Agent:
                 latent, _ = imagine(self.model, follow, state, self.horizon)
             gradients = torch.autograd.grad(self.returns(latent)[0].sum(), leaves)
             plan = [(a + self.mpc_rate * g).detach().clamp(-1, 1) for a, g in zip(leaves, gradients)]
-        return plan[0]
+        return plan[0] if plan else policy(self.model.latent(*state)).detach()
 
     # -- checkpoints --
 

@@ -60,7 +60,7 @@ class Config:
 
     # Protocol, section V and [code]
     steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16
-    prefill: int = 5_000  # environment steps of random actions first [code]
+    prefill: int = 5_000  # environment steps of random actions before the first update [code]
     first_updates: int = 100  # updates after the random steps [code]
     updates_per_1000: float = 100  # updates per 1,000 environment steps [code]
     capacity: int = 1_000_000  # decisions kept in the replay
@@ -98,7 +98,7 @@ class Config:
     # Behaviour, Appendix A
     horizon: int = 15  # imagined steps
     discount: float = 0.99
-    lambda_: float = 0.95  # of the lambda-return, Eq. (19)
+    return_lambda: float = 0.95  # of the lambda-return, Eq. (19)
     initial_std: float = 5.0  # of the untrained actor, before tanh [code]
     mpc_rate: float = 0.003  # of latent-guided MPC [CVRL]
     mpc_iterations: int = 1  # 0 switches MPC off
@@ -158,16 +158,25 @@ def check(config):
     for name in POSITIVE:
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give more than 0")
+    for name in ("prefill", "first_updates", "updates_per_1000", "exploration", "mpc_iterations", "fused_kl_scale"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give 0 or more")
     for name, allowed in {
         "task": list(environments.TASKS), "method": list(METHODS), "device": ["auto", "cpu", "cuda"],
         "precision": ["auto", "float32", "bfloat16"], "missing_process": ["exact", "released"],
     }.items():  # fmt: skip
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is unknown: choose one of {', '.join(allowed)}")
-    if not 0 <= config.missing_rate < 1:
-        raise ValueError(f"--missing-rate {config.missing_rate} is not allowed: give at least 0 and less than 1")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU: leave --device out, or give cpu")
+    env = environments.make_env(config.task, missing_rate=config.missing_rate, backgrounds=config.backgrounds,
+                                missing_process=config.missing_process)  # fmt: skip
+    if config.batch_length > env.episode_steps + 1:
+        raise ValueError(f"--batch-length {config.batch_length} is longer than an episode of {config.task}: "
+                         f"give at most {env.episode_steps + 1}")  # fmt: skip
+    if config.capacity < env.episode_steps + 1:
+        raise ValueError(f"--capacity {config.capacity} does not hold an episode of {config.task}: "
+                         f"give at least {env.episode_steps + 1}")  # fmt: skip
     if not config.resume and run_folder(config).exists():
         raise ValueError(f"{run_folder(config)} exists already: give another --name, or go on with --resume {run_folder(config)}")
 
@@ -272,7 +281,7 @@ def make_agent(config, observation_space, action_size):
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return Agent(
         model, partial(objective, config=config), action_size, config.units, config.horizon, config.discount,
-        config.lambda_, config.initial_std, config.model_lr, config.actor_lr, config.critic_lr, config.clip, config.mpc_rate,
+        config.return_lambda, config.initial_std, config.model_lr, config.actor_lr, config.critic_lr, config.clip, config.mpc_rate,
         config.mpc_iterations, config.exploration, device="cuda" if cuda else "cpu",
         bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and cuda),
     )  # fmt: skip
@@ -345,7 +354,7 @@ def run_episodes(agent, envs, seed):
 
 
 class Log:
-    """metrics.jsonl and TensorBoard; averages metrics between two lines without waiting for the GPU."""
+    """metrics.jsonl and TensorBoard."""
 
     def __init__(self, folder):
         from torch.utils.tensorboard import SummaryWriter
@@ -355,23 +364,27 @@ class Log:
         self.pending = defaultdict(list)
 
     def add(self, metrics):
+        """Keep {name: ()} for the next `means`, without waiting for the GPU."""
         for name, value in metrics.items():
             self.pending[name].append(value)
 
-    def write(self, steps, **more):
-        """One line: the means of what was added since the last one, and `more`."""
-        line = {name: float(torch.stack(values).mean()) for name, values in self.pending.items()} | more
+    def means(self):
+        """{name: float}, the means of all that was added since the last call."""
+        means = {name: float(torch.stack(values).mean()) for name, values in self.pending.items()}
         self.pending.clear()
-        self.file.write(json.dumps({"steps": steps, **line}) + "\n")
-        for name, value in line.items():
+        return means
+
+    def write(self, steps, values):
+        """One line of {name: float} at an environment step."""
+        self.file.write(json.dumps({"steps": steps, **values}) + "\n")
+        for name, value in values.items():
             self.board.add_scalar(name, value, steps)
-        return line
 
 
 def save_checkpoint(folder, agent, replay, rng, config, steps, updates):
     """Everything that `--resume` and `evaluate.py` need, written beside the old one and then renamed."""
     state = {
-        "config": asdict(config), "steps": steps, "updates": updates, "agent": agent.state_dict(),
+        "config": asdict(replace(config, resume="")), "steps": steps, "updates": updates, "agent": agent.state_dict(),
         "replay": replay.state_dict(), "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
     }  # fmt: skip
@@ -381,6 +394,17 @@ def save_checkpoint(folder, agent, replay, rng, config, steps, updates):
         file.flush()
         os.fsync(file.fileno())
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+
+
+def restore(folder, agent, replay, rng):
+    """Take up a run at its checkpoint. Returns the environment steps and updates it had done."""
+    state = load_checkpoint(folder)
+    agent.load_state_dict(state["agent"])
+    replay.load_state_dict(state["replay"])
+    rng.bit_generator.state = state["rng"]
+    torch.set_rng_state(state["torch_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["steps"], state["updates"]
 
 
 def load_checkpoint(folder):
@@ -436,15 +460,24 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def announce_cpu(seconds, config):
-    """Say once what to expect without a GPU. seconds: of one update"""
-    hours = updates_due(config, config.steps) * seconds / 3600
-    tqdm.write(f"no GPU: an update takes {seconds:.2f} s on this CPU, all of them about {hours:.1f} hours", sys.stderr)
+def learn(agent, replay, config, rng, log, steps, updates):
+    """All updates that are due after so many environment steps. Returns their number so far."""
+    while len(replay) and updates < updates_due(config, steps):
+        started = time.perf_counter()
+        log.add(agent.update(training_batch(replay, config, rng, agent.device)))
+        updates += 1
+        if updates == 2 and agent.device.type == "cpu":
+            seconds = time.perf_counter() - started
+            hours = updates_due(config, config.steps) * seconds / 3600
+            tqdm.write(f"no GPU: an update takes {seconds:.2f} s on this CPU, all of them about {hours:.1f} hours")
+        if updates % config.log_every == 0:
+            log.write(steps, {"updates": updates, **log.means()})
+    return updates
 
 
 def main(config):
     """Train from the configuration; see the module's docstring for what it leaves."""
-    # Worker processes first: they are forked, and must not inherit a CUDA context
+    # Worker processes first: they are forked, and must not inherit a CUDA context.
     kwargs = dict(missing_rate=config.missing_rate, missing_process=config.missing_process, backgrounds=config.backgrounds)
     envs = environments.make_vector_env(config.task, config.num_envs, config.seed, **kwargs)
     eval_envs = environments.make_vector_env(config.task, config.eval_episodes, config.seed, split="eval", **kwargs)
@@ -459,61 +492,45 @@ def main(config):
     (folder / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2) + "\n")
     replay = Replay(folder / "replay", replay_fields(space, action_size), config.capacity)
     rng, log = np.random.default_rng(config.seed), Log(folder)
-    steps = updates = 0
-    if config.resume:
-        state = load_checkpoint(folder)
-        agent.load_state_dict(state["agent"])
-        replay.load_state_dict(state["replay"])
-        rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-        steps, updates = state["steps"], state["updates"]
+    steps, updates = restore(folder, agent, replay, rng) if config.resume else (0, 0)
 
     bar = tqdm(total=config.steps, initial=steps, unit="step", smoothing=0.05)
     while steps < config.steps:
-        # Collect whole episodes and learn until the next evaluation. Their seeds depend on the
-        # step, so that a resumed run draws the episodes it would have drawn uninterrupted.
+        # Whole episodes until the next evaluation. Their seeds depend on the step, so that a
+        # resumed run draws the episodes that it would have drawn uninterrupted.
         stop = min(steps + config.eval_every, config.steps)
         observation, _ = envs.reset(seed=seeds(config.seed, steps, count=config.num_envs))
-        replay.begin(config.num_envs)
         memory, first = agent.initial_memory(config.num_envs), np.ones(config.num_envs, bool)
         action, reward = np.zeros((config.num_envs, action_size), np.float32), np.zeros(config.num_envs)
         done = ~first
+        replay.begin(config.num_envs)
         while True:
             for episode in replay.record({**observation, "action": action, "reward": reward}, done):
-                log.write(steps, train_return=float(episode["reward"].sum()))
-                bar.set_postfix(return_=f"{episode['reward'].sum():.0f}")
+                log.write(steps, {"train_return": float(episode["reward"].sum())})
             if steps >= stop and done.any():
                 break
 
-            if steps < config.prefill:
-                action = rng.uniform(-1, 1, (config.num_envs, action_size)).astype(np.float32)
+            if updates == 0:
+                action = rng.uniform(-1, 1, action.shape).astype(np.float32)
             else:
                 action, memory = act(agent, memory, observation, first, explore=True)
             envs.step_async(action)
-            while updates < updates_due(config, steps):  # the environments step meanwhile
-                started = time.perf_counter()
-                log.add(agent.update(training_batch(replay, config, rng, agent.device)))
-                updates += 1
-                if updates == 2 and agent.device.type == "cpu":
-                    announce_cpu(time.perf_counter() - started, config)
-                if updates % config.log_every == 0:
-                    log.write(steps, updates=updates)
+            updates = learn(agent, replay, config, rng, log, steps, updates)  # environments step meanwhile
             observation, reward, terminated, truncated, _ = envs.step_wait()
 
-            first, done = done, terminated | truncated  # the step after the last is a reset
-            action = np.where(first[:, None], 0, action)
+            first, done = done, terminated | truncated  # the step after the last one is a reset,
+            action = np.where(first[:, None], 0, action)  # which no action led to
             steps += repeat * int((~first).sum())
             bar.update(steps - bar.n)
 
         returns, seen = run_episodes(agent, eval_envs, config.seed)
-        log.write(steps, updates=updates, eval_return=returns.mean(), eval_std=returns.std())
-        tqdm.write(f"step {steps}: return {returns.mean():.1f} +- {returns.std():.1f} of {len(returns)} episodes")
+        log.write(steps, {"updates": updates, "eval_return": returns.mean(), "eval_std": returns.std()})
+        bar.set_postfix({"return": f"{returns.mean():.0f}", "updates": updates})
+        tqdm.write(f"step {steps}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
         write_video(folder / f"video-{steps:08}.mp4", seen)
         save_checkpoint(folder, agent, replay, rng, config, steps, updates)
-    bar.close()
-    envs.close()
-    eval_envs.close()
+    for closing in (bar, envs, eval_envs):
+        closing.close()
 
 
 def fail(program, error):

@@ -48,6 +48,7 @@ def same(a, b):
 # ---- 1. Missing data ----
 
 
+@pytest.mark.dev(7)
 @pytest.mark.parametrize("max_length", [1, 5, 14, 400])
 @pytest.mark.parametrize("rate", [0, 0.1, 0.375, 0.75, 0.99])
 @pytest.mark.parametrize("steps", [1, 50, 101, 501])
@@ -95,6 +96,7 @@ def test_schedule_segments_touch_as_often_as_documented():
     assert 1 - seen / drawn == pytest.approx(1 / 14, abs=0.02)
 
 
+@pytest.mark.dev(7)
 @pytest.mark.parametrize("nominal, actual", [(0, 0), (0.375, 0.282), (0.75, 0.453)])
 def test_released_process_misses_less_than_its_name_says(nominal, actual):
     missing = envs.released_schedule(300_000, nominal, 14, np.random.default_rng(0))
@@ -380,6 +382,7 @@ def test_depth_is_in_metres(make, task):
     assert abs(np.median(body) - distance) < 0.5
 
 
+@pytest.mark.dev(11)
 @pytest.mark.parametrize("task", DOMAINS)
 def test_foreground_is_exact(make, task):
     env = make(task, missing_rate=0)
@@ -430,6 +433,7 @@ def normal_forces(physics, first, second):
     return forces
 
 
+@pytest.mark.dev(10)
 def test_soles_feel_the_ground(make):
     env = make("walker_walk", missing_rate=0)
     rng = np.random.default_rng(0)
@@ -623,6 +627,7 @@ def test_spaces(make, task, expected):
     assert env.action_space.dtype == np.float32 and set(env.action_space.high) == {1}
 
 
+@pytest.mark.dev(15)
 @pytest.mark.parametrize("task", ["finger_spin", "walker_stand", "cup_catch", "toy", "toy_xy"])
 def test_the_seed_decides_everything(make, task):
     one, two, other = make(task, seed=4), make(task, seed=4), make(task, seed=5)

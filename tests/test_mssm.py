@@ -197,8 +197,8 @@ def test_decoders_give_every_modality_its_shape_and_scale():
 def test_normalise_scales_each_kind_of_observation():
     image = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(64, 64, 3)
     close(mssm.normalise(image)[0, 0], [-0.5, -0.3, 0.5])
-    depth = torch.tensor([-1.0, 0.0, 2.5, 10.0, 80.0]).view(5, 1, 1, 1).expand(5, 64, 64, 1)
-    close(mssm.normalise(depth)[:, 7, 7, 0], [-0.5, -0.5, -0.25, 0.5, 0.5])  # clipped at 10 m
+    depth = torch.tensor([-1.0, 0.0, 2.5, 10.0, 80.0]).view(5, 1, 1, 1, 1).expand(5, 1, 64, 64, 1)
+    close(mssm.normalise(depth)[:, 0, 7, 7, 0], [-0.5, -0.5, -0.25, 0.5, 0.5])  # clipped at 10 m
     touch = torch.tensor([[0.0, 7.6]])
     assert torch.equal(mssm.normalise(touch), touch)
 

@@ -44,9 +44,9 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mssm.test_normalise_scales_each_kind_of_observation),
 
     # Objectives, Eq. (10), (15)-(17)
-    ("-100 for -inf", mummi_loss.info_nce, "own), absent_logit)", "own), -100)",
+    ("-100 for -inf", mummi_loss.info_nce, "present, absent_logit)", "present, -100)",
      test_mummi_loss.test_info_nce_equals_the_double_loop_when_some_are_absent),
-    ("rows masked, not columns", mummi_loss.info_nce, "~(present | own)", "~(present.unsqueeze(1) | own)",
+    ("rows masked, not columns", mummi_loss.info_nce, "masked_fill(~present,", "masked_fill(~present.unsqueeze(1),",
      test_mummi_loss.test_what_is_absent_changes_no_bound),
     ("positives off by one step", mummi_loss.info_nce, "log_f.diagonal()", "log_f.roll(1, 1).diagonal()",
      test_mummi_loss.test_info_nce_equals_the_double_loop_when_some_are_absent),
@@ -101,14 +101,16 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_agent.test_an_episodes_first_decision_forgets_the_memory),
     ("MPC by environment 0 alone", agent.Agent.plan, "[0].sum()", "[0][0]",
      test_agent.test_mpc_follows_the_gradient_of_each_environments_own_return),
-    ("MPC downhill", agent.Agent.plan, "action + self.mpc_rate", "action - self.mpc_rate",
+    ("MPC downhill", agent.Agent.plan, "(a + self.mpc_rate", "(a - self.mpc_rate",
      test_agent.test_mpc_raises_the_planned_return),
 
     # Replay
     ("sequences across episodes", replay.Replay.sample, "rows - length + 1", "rows",
      test_replay.test_every_window_is_as_likely_as_any_other),
-    ("overwritten episodes kept", replay.Replay.add, "start + count <= first or", "True or",
+    ("overwritten episodes kept", replay.Replay.add, "e[0] + e[1] <= first or", "True or",
      test_replay.test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged),
+    ("overwritten episodes restored", replay.Replay.load_state_dict, "== serial)", "== self.serial)",
+     test_replay.test_reopened_it_does_not_draw_what_was_overwritten_since),
 ]  # fmt: skip
 CHOSEN = {"method": "mummi"}  # for a test that runs for several
 

@@ -15,7 +15,7 @@ import agent
 import mssm
 import mummi_loss
 
-SIZES = dict(T=2, B=5, M=3, A=7, H=11, N=13, D=17, D_h=19, D_c=23, D_z=19 + 23, D_f=29, D_x=32)
+SIZES = dict(T=2, B=5, M=3, hidden=8, A=7, H=11, N=13, D=17, D_h=19, D_c=23, D_z=19 + 23, D_f=29, D_x=32)
 ELLIPSIS, EVENT = (2, 5), (3, 7)  # ..., *event
 SHAPE = re.compile(r"\((?:(?:\.\.\.|[A-Z*])[\w\s.,*-]*)?\)")  # (), (N,), (M, ..., D), (H - 1, N), (..., 2 D)
 ROW = re.compile(r"(\w+(?:, \w+)*)  +(\S.*)")

@@ -1,0 +1,204 @@
+"""The training loop: what it leaves, how often it updates, that it resumes exactly, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import evaluate
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--task toy --device cpu --num-envs 2 --eval-episodes 2 --prefill 200 --first-updates 3 --updates-per-1000 20 "
+         "--eval-every 200 --log-every 2 --batch-size 3 --batch-length 6 --horizon 3 --channels 1 --units 8 --hidden 8 "
+         "--d-h 8 --d-c 4 --d-f 8 --capacity 2000").split()  # fmt: skip
+
+
+def run(*options):
+    train.main(train.parse([*SMALL, *options]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run of 600 environment steps, and the working directory that it was made in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("training"))
+        run("--steps", "600", "--name", "whole")
+        yield Path.cwd() / "runs" / "whole"
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def flat(state, prefix=""):
+    """Every leaf of nested dictionaries and lists by its path."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else None
+    if items is None:
+        return {prefix: state}
+    return {path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()}
+
+
+def test_a_run_leaves_what_it_promises(folder):
+    left = {path.name for path in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "replay", "video-00000600.mp4"} <= left
+    assert not (folder / "checkpoint.tmp").exists()
+    evaluations = [line for line in lines(folder) if "eval_return" in line]
+    assert [line["steps"] for line in evaluations] == [200, 400, 600]
+    losses = [line for line in lines(folder) if "model_loss" in line]
+    assert losses and all(np.isfinite(list(line.values())).all() for line in losses)
+    returns = [line["train_return"] for line in lines(folder) if "train_return" in line]
+    assert len(returns) == 6 and all(0 <= value <= 100 for value in returns)
+
+
+def test_updates_keep_the_ratio_of_the_protocol(folder):
+    """3 after the random steps, then 20 a 1,000 environment steps; none before."""
+    state = train.load_checkpoint(folder)
+    assert (state["steps"], state["updates"]) == (600, 3 + 20 * 398 // 1000)  # due at the last decision
+    config = train.Config()
+    assert train.updates_due(config, 4_999) == 0
+    assert train.updates_due(config, 5_000) == 100
+    assert train.updates_due(config, 2_000_000) == 100 + 199_500
+
+
+def test_the_video_shows_what_the_agent_saw(folder):
+    import av
+
+    with av.open(str(folder / "video-00000600.mp4")) as video:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(pictures) == 100
+    assert pictures[0].shape == (256, 512, 3)  # position and camera, four times as large
+    assert any(picture[:, 256:].max() < 20 for picture in pictures), "no missing frame is black"
+    assert any(picture[:, 256:].max() > 150 for picture in pictures), "no frame shows the world"
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(folder):
+    """Bit for bit: parameters, optimisers, generators, replay and logged losses."""
+    run("--steps", "400", "--name", "halves")
+    train.main(train.parse(["--resume", "runs/halves", "--steps", "600"]))
+    whole, halves = (flat(train.load_checkpoint(folder.parent / name)) for name in ("whole", "halves"))
+    differing = [path for path in whole if path not in ("/config/name", "/config/steps")
+                 and not np.array_equal(whole[path], halves[path])]  # fmt: skip
+    assert whole.keys() == halves.keys()
+    assert differing == []
+    assert lines(folder) == lines(folder.parent / "halves")
+    for path in (folder / "replay").iterdir():
+        other = np.load(folder.parent / "halves" / "replay" / path.name, mmap_mode="r")
+        assert np.array_equal(np.load(path, mmap_mode="r"), other), path.name
+
+
+def test_another_seed_gives_another_run(folder):
+    run("--steps", "200", "--name", "other", "--seed", "2")
+    first, other = (train.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
+    assert not torch.equal(first["posterior_h.weight"], other["posterior_h.weight"])
+    assert lines(folder)[0] != lines(folder.parent / "other")[0]
+
+
+def test_evaluation_prints_and_writes_the_table(folder, capsys):
+    evaluate.main(evaluate.Options(runs=(str(folder),), episodes=2, calibration=True, video=True))
+    printed = capsys.readouterr().out
+    assert (folder / "evaluation.md").read_text() == printed
+    records = json.loads((folder / "evaluation.json").read_text())["records"]
+    assert [record["missing"] for record in records] == ["None", "Medium", "High"]
+    for record in records:
+        cell = f"{np.mean(record['returns']):.1f} ± {np.std(record['returns']):.1f}"
+        assert f"| {record['missing']} | {cell} |" in printed
+        assert 0.99 < sum(record["calibration"]["share"].values()) < 1.01
+    assert "The random policy earns" in printed and "The scripted policy earns" in printed
+    assert (folder / "evaluation-High.mp4").exists()
+
+
+def test_evaluation_shows_the_papers_figures_beside_ours():
+    cells = {("finger_spin", "rgb+depth+touch", "High"): {"mummi": dict(mean=900, std=10, seeds=3, episodes=30)}}
+    assert "| 900.0 ± 10.0 [929.1 ± 20.8] |" in evaluate.markdown(cells, {})
+    cells = {("finger_spin", "rgb+depth", "High"): cells.popitem()[1]}
+    assert "[" not in evaluate.markdown(cells, {}), "the paper removes no sensor in Table I"
+
+
+BAD = {
+    "unknown task": ["--task", "finger_twist"],
+    "unknown method": ["--method", "momo"],
+    "rate of 1": ["--missing-rate", "1"],
+    "negative rate": ["--missing-rate", "-0.1"],
+    "released rate": ["--missing-process", "released", "--missing-rate", "0.5"],
+    "missing backgrounds": ["--task", "finger_spin", "--backgrounds", "nowhere"],
+    "empty backgrounds": ["--task", "finger_spin", "--backgrounds", "empty"],
+    "unreadable background": ["--task", "finger_spin", "--backgrounds", "garbage"],
+    "batch longer than an episode": ["--task", "toy", "--batch-length", "102"],
+    "no batch": ["--batch-size", "0"],
+    "negative size": ["--d-h", "-5"],
+    "negative prefill": ["--prefill", "-1"],
+    "negative rate of updates": ["--updates-per-1000", "-1"],
+    "replay shorter than an episode": ["--capacity", "50"],
+    "run folder exists": ["--name", "taken"],
+    "no run to resume": ["--resume", "runs/nothing"],
+    "another task's checkpoint": ["--resume", "runs/trained", "--task", "walker_walk"],
+    "no such device": ["--device", "cuda"],
+    "unknown device": ["--device", "tpu"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(case, tmp_path, monkeypatch, capsys):
+    if case == "no such device" and torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "garbage", "runs/taken", "runs/trained"):
+        Path(name).mkdir(parents=True)
+    Path("garbage/broken.mp4").write_bytes(b"no video")
+    Path("runs/trained/config.json").write_text(json.dumps({"task": "toy"}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError) as error:
+        train.parse(BAD[case])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+    assert sorted(tmp_path.rglob("*")) == before
+    if case == "unreadable background":
+        assert "broken.mp4" in str(error.value)
+
+
+@pytest.mark.parametrize("program, options", [("train.py", ["--task", "finger_twist"]), ("evaluate.py", ["runs/nothing"])])
+def test_the_command_line_ends_with_one_line_and_code_2(program, options, tmp_path):
+    process = subprocess.run([sys.executable, ROOT / program, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.count("\n") == 1 and process.stderr.startswith(f"{program}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_refuses_runs_that_are_not_comparable():
+    configs = {"a": train.Config(), "b": train.Config(method="cvrl", seed=3), "c": train.Config(d_h=100)}
+    with pytest.raises(ValueError, match="a and c differ in d_h, 200 and 100"):
+        evaluate.check_comparable(configs)
+    configs.pop("c")
+    evaluate.check_comparable(configs)
+
+
+@pytest.mark.parametrize("remove", [("camera", "position"), ("nose",)])
+def test_evaluation_refuses_to_remove_every_or_an_unknown_sensor(remove):
+    with pytest.raises(ValueError, match="choose some of position, camera"):
+        evaluate.sensor_subsets(evaluate.Options(runs=("a",), remove=remove), ["position", "camera"])
+    subsets = evaluate.sensor_subsets(evaluate.Options(runs=("a",), sensors="all"), ["rgb", "depth", "touch"])
+    assert len(subsets) == len(set(subsets)) == 7
+
+
+def test_the_rank_of_the_matching_step():
+    means = torch.arange(5.0).unsqueeze(1)
+    assert evaluate.matching_rank(means, means) == 1
+    assert evaluate.matching_rank(means, means.flip(0)) == 4  # |4 - 2 i| away: ranks 5, 4, 1, 4, 5
+
+
+def test_the_references_of_the_toy_world():
+    returns = evaluate.reference_returns("toy", 10, seed=0)
+    assert np.mean(returns["random"]) < 0.35 * np.mean(returns["scripted"])
+    assert np.mean(returns["scripted"]) > 85
+
+
+def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
+    assert train.parse(["--task", "finger_spin", "--name", "x"]).batch_length == 50
+    assert train.parse(["--task", "toy", "--name", "x"]).batch_length == 25
+    assert train.parse(["--task", "toy", "--batch-length", "30", "--name", "x"]).batch_length == 30
+    assert set(train.TASK_DEFAULTS) == set(envs.TOY)
