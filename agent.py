@@ -172,7 +172,8 @@ class Agent:
     model, objective   see the module's docstring
     action_size        A
     horizon            H imagined steps
-    discount, lambda_  of Eq. (19)
+    discount           of Eq. (19)
+    return_lambda      lambda of Eq. (19)
     initial_std        of the untrained actor, before tanh
     mpc_rate           step along the gradient of the return; mpc_iterations 0 switches MPC off
     exploration        standard deviation of the noise added to training actions
@@ -180,10 +181,11 @@ class Agent:
     """
 
     def __init__(self, model, objective, action_size, units=400, horizon=15, discount=0.99,
-                 lambda_=0.95, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
+                 return_lambda=0.95, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
                  mpc_rate=0.003, mpc_iterations=1, exploration=0.3, device="cpu", bfloat16=False):  # fmt: skip
         self.device, self.bfloat16 = torch.device(device), bfloat16
-        self.action_size, self.horizon, self.discount, self.lambda_ = action_size, horizon, discount, lambda_
+        self.action_size, self.horizon = action_size, horizon
+        self.discount, self.return_lambda = discount, return_lambda
         self.mpc_rate, self.mpc_iterations, self.exploration = mpc_rate, mpc_iterations, exploration
         self.clip = clip
 
@@ -250,7 +252,7 @@ class Agent:
         with self.autocast():
             reward, value = self.model.reward(latent), self.critic(latent)  # (H, N)
         discount = torch.full_like(reward, self.discount)
-        return lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], self.lambda_)
+        return lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], self.return_lambda)
 
     def optimise(self, name, loss):
         """One Adam step of one module alone; returns the norm of its gradient before clipping.

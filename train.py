@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 import envs as environments
 from agent import Agent
-from mssm import MSSM, normalise
-from mummi_loss import (elbo_loss, gaussian_kl, gaussian_log_prob, info_nce, log_density_ratio,
-                        log_inner_product, mean_over, mummi_loss, mutual_information)  # fmt: skip
+from methods import METHODS
+from mssm import MSSM
 from replay import Replay
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -116,7 +115,8 @@ TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY}
 
 
 POSITIVE = ("num_envs steps capacity log_every eval_every eval_episodes d_h d_c d_f hidden units channels "
-            "batch_size batch_length horizon").split()  # fmt: skip
+            "batch_size batch_length horizon clip initial_std").split()  # fmt: skip
+NOT_NEGATIVE = "seed prefill first_updates updates_per_1000 exploration mpc_iterations fused_kl_scale".split()
 MAY_CHANGE = ("resume", "device", "steps", "log_every", "eval_every")  # when a run is resumed
 
 
@@ -155,30 +155,37 @@ def load_config(folder):
 
 def check(config):
     """Raises ValueError with one line that says what was given, what is allowed and what to do."""
+
+    def refuse(name, allowed):
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give {allowed}")
+
     for name in POSITIVE:
         if getattr(config, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give more than 0")
-    for name in ("prefill", "first_updates", "updates_per_1000", "exploration", "mpc_iterations", "fused_kl_scale"):
+            refuse(name, "more than 0")
+    for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give 0 or more")
-    for name, allowed in {
+            refuse(name, "0 or more")
+    for name, choices in {
         "task": list(environments.TASKS), "method": list(METHODS), "device": ["auto", "cpu", "cuda"],
-        "precision": ["auto", "float32", "bfloat16"], "missing_process": ["exact", "released"],
+        "precision": ["auto", "float32", "bfloat16"],
     }.items():  # fmt: skip
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is unknown: choose one of {', '.join(allowed)}")
+        if getattr(config, name) not in choices:
+            refuse(name, "one of " + ", ".join(choices))
+    env = environments.make_env(config.task, **sensing(config))  # raises ValueError for what else there is to sense
+    if config.batch_length > env.episode_steps + 1:
+        refuse("batch_length", f"at most {env.episode_steps + 1}, an episode of {config.task}")
+    if config.capacity < env.episode_steps + 1:
+        refuse("capacity", f"at least {env.episode_steps + 1}, an episode of {config.task}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU: leave --device out, or give cpu")
-    env = environments.make_env(config.task, missing_rate=config.missing_rate, backgrounds=config.backgrounds,
-                                missing_process=config.missing_process)  # fmt: skip
-    if config.batch_length > env.episode_steps + 1:
-        raise ValueError(f"--batch-length {config.batch_length} is longer than an episode of {config.task}: "
-                         f"give at most {env.episode_steps + 1}")  # fmt: skip
-    if config.capacity < env.episode_steps + 1:
-        raise ValueError(f"--capacity {config.capacity} does not hold an episode of {config.task}: "
-                         f"give at least {env.episode_steps + 1}")  # fmt: skip
-    if not config.resume and run_folder(config).exists():
-        raise ValueError(f"{run_folder(config)} exists already: give another --name, or go on with --resume {run_folder(config)}")
+    folder = run_folder(config)
+    if not config.resume and folder.exists():
+        raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}")
+
+
+def sensing(config):
+    """What the environments of training and evaluation share: missing data and backgrounds."""
+    return {name: getattr(config, name) for name in ("missing_rate", "missing_process", "backgrounds")}
 
 
 def run_folder(config):
@@ -186,88 +193,11 @@ def run_folder(config):
     return Path(config.resume or Path("runs") / (config.name or f"{config.task}-{config.method}-{config.seed}"))
 
 
-# ---- 2. Methods: a fusion and an objective each --------------------------------------------------
+# ---- 2. The agent ---------------------------------------------------------------------------------
 
-
-def shared_terms(model, filtered, batch, config):
-    """What every objective has: latents (N, D_z), log p(r | z) (N,), KL (N,) and metrics."""
-    latent = model.latent(filtered.h, filtered.s_c).flatten(0, 1)
-    predicted, reward = model.reward(latent), batch["reward"].flatten()
-    log_reward = config.reward_weight * gaussian_log_prob(reward, predicted)
-    kl = gaussian_kl(filtered.mean, filtered.std, filtered.prior_mean, filtered.prior_std).flatten()
-    error = (reward - predicted).square().mean() / reward.var().clamp(min=1e-6)
-    return latent, log_reward, kl, {"kl": kl.mean(), "reward_error": error}
-
-
-def information(log_f, present, config):
-    """InfoNCE of every density ratio, Eq. (15), and the nats it shows, Eq. (12)."""
-    bounds = {name: info_nce(log_f[name], present[name], config.absent_logit) for name in log_f}
-    metrics = {f"information_{name}": mutual_information(bounds[name], present[name]) for name in log_f}
-    return bounds, metrics
-
-
-def mummi(model, filtered, batch, config):
-    """Eq. (17): one density ratio a modality pulls every expert's mean to the shared code g(z)."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    code = model.code(latent)  # (N, D_f)
-    experts = dict(zip(model.modalities, filtered.fused.expert_mean.flatten(1, 2)))
-    present = dict(zip(model.modalities, filtered.present.flatten(1)))
-    log_f = {name: log_density_ratio(code, mean) for name, mean in experts.items()}
-    bounds, nats = information(log_f, present, config)
-    weights = {name: config.touch_weight if name == "touch" else 1.0 for name in bounds}
-    loss = mummi_loss(bounds, present, weights, log_reward, kl, config.free_nats, config.over_present)
-    return loss + fused_kl(model, filtered, config), metrics | nats
-
-
-def mummi_b(model, filtered, batch, config):
-    """Eq. (17) with f_b of section V: one density ratio, of the fused product's mean."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    present = {"fused": filtered.present.any(0).flatten()}
-    log_f = {"fused": log_density_ratio(model.code(latent), filtered.fused.mean.flatten(0, 1))}
-    bounds, nats = information(log_f, present, config)
-    loss = mummi_loss(bounds, present, {"fused": 1.0}, log_reward, kl, config.free_nats, config.over_present)
-    return loss + fused_kl(model, filtered, config), metrics | nats
-
-
-def cvrl(model, filtered, batch, config):
-    """[CVRL]: one contrastive bound between the latent and all features, zeros where missing."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    present = {"concatenated": filtered.present.any(0).flatten()}
-    features = model.project_x(filtered.fused.s_f.flatten(0, 1))
-    bounds, nats = information({"concatenated": log_inner_product(model.project_z(latent), features)}, present, config)
-    loss = mummi_loss(bounds, present, {"concatenated": 1.0}, log_reward, kl, config.free_nats, config.over_present)
-    return loss, metrics | nats
-
-
-def elbo(model, filtered, batch, config):
-    """Eq. (10): every modality that is present is reconstructed."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    decoded = model.decode(latent.unflatten(0, filtered.h.shape[:2]))
-    present = dict(zip(model.modalities, filtered.present.flatten(1)))
-    log_likelihoods = {}
-    for name, mean in decoded.items():
-        x = normalise(batch["observation"][name])
-        log_likelihoods[name] = gaussian_log_prob(x, mean, event_dims=x.ndim - 2).flatten()
-        metrics[f"reconstruction_{name}"] = mean_over(log_likelihoods[name], present[name])
-    loss = elbo_loss(log_likelihoods, present, log_reward, kl, config.free_nats)
-    return loss + fused_kl(model, filtered, config), metrics
-
-
-def fused_kl(model, filtered, config):
-    """The KL of s^f in Eq. (10) and (17), which the released code leaves out.  Dev. D6"""
-    if config.fused_kl_scale == 0 or filtered.fused.mean is None:
-        return 0.0
-    kl = gaussian_kl(filtered.fused.mean, filtered.fused.std, *model.fused_prior(filtered.s_c))
-    return config.fused_kl_scale * mean_over(kl, filtered.present.any(0))
-
-
-METHODS = {  # method: fusion, what its objective trains besides the reward, objective
-    "mummi": ("product", "code", mummi),
-    "mummi_b": ("product", "code", mummi_b),
-    "mssm_e": ("product", "decoders", elbo),
-    "cvrl": ("concatenate", "contrastive", cvrl),
-    "dreamer": ("concatenate", "decoders", elbo),
-}
+MODEL = "d_h d_c d_f hidden units channels sample_s_f prior_if_unobserved expert_power".split()
+BEHAVIOUR = ("units horizon discount return_lambda initial_std model_lr actor_lr critic_lr clip mpc_rate "
+             "mpc_iterations exploration").split()  # fmt: skip
 
 
 def make_agent(config, observation_space, action_size):
@@ -275,16 +205,13 @@ def make_agent(config, observation_space, action_size):
     torch.manual_seed(config.seed)
     fusion, heads, objective = METHODS[config.method]
     modalities = {name: space.shape for name, space in observation_space.items() if name != "present"}
-    model = MSSM(modalities, action_size, fusion, heads, config.d_h, config.d_c, config.d_f, config.hidden,
-                 config.units, config.channels, fused_prior=fusion == "product" and config.fused_kl_scale > 0, sample_s_f=config.sample_s_f,
-                 prior_if_unobserved=config.prior_if_unobserved, expert_power=config.expert_power)  # fmt: skip
+    fused_prior = fusion == "product" and config.fused_kl_scale > 0
+    model = MSSM(modalities, action_size, fusion, heads, fused_prior=fused_prior,
+                 **{name: getattr(config, name) for name in MODEL})  # fmt: skip
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    return Agent(
-        model, partial(objective, config=config), action_size, config.units, config.horizon, config.discount,
-        config.return_lambda, config.initial_std, config.model_lr, config.actor_lr, config.critic_lr, config.clip, config.mpc_rate,
-        config.mpc_iterations, config.exploration, device="cuda" if cuda else "cpu",
-        bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and cuda),
-    )  # fmt: skip
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and cuda)
+    return Agent(model, partial(objective, config=config), action_size, device="cuda" if cuda else "cpu",
+                 bfloat16=bfloat16, **{name: getattr(config, name) for name in BEHAVIOUR})  # fmt: skip
 
 
 # ---- 3. Between environments, replay and agent ---------------------------------------------------
@@ -307,9 +234,11 @@ def act(agent, memory, observation, first, explore):
 
 def replay_fields(observation_space, action_size):
     """{key: (shape, dtype)} of what the replay keeps of one step; two bytes a pixel of depth."""
-    half = lambda space: len(space.shape) == 3 and space.dtype == np.float32  # noqa: E731
-    keys = {name: (space.shape, np.float16 if half(space) else space.dtype) for name, space in observation_space.items()}
-    return keys | {"action": ((action_size,), np.dtype("float32")), "reward": ((), np.dtype("float32"))}
+    fields = {name: (space.shape, space.dtype) for name, space in observation_space.items()}
+    for name, (shape, dtype) in fields.items():
+        if len(shape) == 3 and dtype == np.float32:
+            fields[name] = (shape, np.float16)
+    return fields | {"action": ((action_size,), np.float32), "reward": ((), np.float32)}
 
 
 def training_batch(replay, config, rng, device):
@@ -415,23 +344,25 @@ def load_checkpoint(folder):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def panel(name, x):
-    """One modality as a picture (64, 64, 3) uint8: colour, depth in grey, a vector as bars."""
+def panel(name, x, present):
+    """One modality as a picture (64, 64, 3) uint8: colour, depth in grey, a vector as bars, or a cross."""
+    if not present:
+        cross = np.eye(64, dtype=bool) | np.eye(64, dtype=bool)[::-1]
+        return np.repeat(np.where(cross, 90, 0).astype(np.uint8)[..., None], 3, axis=-1)
     if x.dtype == np.uint8:
         return x
-    if x.ndim == 3:  # metres; nothing was hit at 10 m
-        grey = 255 * (1 - x.astype(np.float32) / 10) * (x > 0)
-        return np.repeat(grey.astype(np.uint8), 3, axis=-1)
-    bars = np.zeros((64, 64, 3), np.uint8)
-    for i, value in enumerate(x):
+    if x.ndim == 3:  # metres: near is white, nothing within 10 m black
+        grey = (255 * (1 - x / 10)).astype(np.uint8)
+        return np.repeat(grey, 3, axis=-1)
+    bars = np.full((64, 64, 3), 30, np.uint8)
+    for i, value in enumerate(x / 8 if name == "touch" else x):  # touch: 8 is 3,000 newtons
         left, right = 64 * i // len(x) + 2, 64 * (i + 1) // len(x) - 2
-        height = int(np.clip(abs(value) / 8 if name == "touch" else abs(value), 0, 1) * 63)
-        bars[63 - height :, left:right] = (90, 200, 120)
+        bars[63 - int(63 * np.clip(value, 0, 1)) :, left:right] = (90, 200, 120)
     return bars
 
 
 def write_video(path, seen, fps=20):
-    """What the first of the agents saw, one panel a modality, black where missing, as an MP4.
+    """What the first of the agents saw, one panel a modality, crossed out where missing, as an MP4.
 
     seen  one dictionary of (num_envs, ...) a step, from `run_episodes`
     """
@@ -440,7 +371,8 @@ def write_video(path, seen, fps=20):
     with av.open(str(path), "w") as container:
         stream = None
         for observation in seen:
-            panels = [panel(name, x[0]) for name, x in observation.items() if name != "present"]
+            names = [name for name in observation if name != "present"]
+            panels = [panel(name, observation[name][0], observation["present"][0, m]) for m, name in enumerate(names)]
             picture = np.concatenate(panels, 1).repeat(4, 0).repeat(4, 1)
             if stream is None:
                 stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
@@ -478,9 +410,8 @@ def learn(agent, replay, config, rng, log, steps, updates):
 def main(config):
     """Train from the configuration; see the module's docstring for what it leaves."""
     # Worker processes first: they are forked, and must not inherit a CUDA context.
-    kwargs = dict(missing_rate=config.missing_rate, missing_process=config.missing_process, backgrounds=config.backgrounds)
-    envs = environments.make_vector_env(config.task, config.num_envs, config.seed, **kwargs)
-    eval_envs = environments.make_vector_env(config.task, config.eval_episodes, config.seed, split="eval", **kwargs)
+    envs = environments.make_vector_env(config.task, config.num_envs, **sensing(config))
+    eval_envs = environments.make_vector_env(config.task, config.eval_episodes, split="eval", **sensing(config))
     space, action_size = envs.single_observation_space, envs.single_action_space.shape[0]
     repeat = envs.get_attr("action_repeat")[0]
 

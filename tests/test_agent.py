@@ -143,7 +143,7 @@ def test_critic_loss_treats_the_returns_as_targets():
 @pytest.mark.eq(18, 19)
 def test_update_minimises_both_objectives_of_the_imagined_states():
     """The losses of `update`, from the imagined states one number at a time."""
-    agent, x = world_agent(discount=0.9, lambda_=0.8), torch.randn(1, N, 2)
+    agent, x = world_agent(discount=0.9, return_lambda=0.8), torch.randn(1, N, 2)
     torch.manual_seed(1)
     latent, _ = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
     actor = critic = 0.0
@@ -370,7 +370,7 @@ def test_actions_stay_within_their_bounds():
 @pytest.mark.dev(13)
 def test_mpc_follows_the_gradient_of_each_environments_own_return():
     """In the known world, with values 0: d/da_0 of sum_k (discount lambda)^k r_k, in closed form."""
-    agent, start, moves = world_agent(discount=0.9, lambda_=0.8, mpc_rate=0.5), torch.randn(N, 2), torch.rand(H, N, 2) / 2
+    agent, start, moves = world_agent(discount=0.9, return_lambda=0.8, mpc_rate=0.5), torch.randn(N, 2), torch.rand(H, N, 2) / 2
     agent.critic = lambda latent: torch.zeros(latent.shape[:-1])
     plan = iter(moves)
     action = agent.plan(Point(start), lambda _: next(plan))

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import train
+
 ROOT = Path(__file__).parent.parent
 COMPONENTS = ("mssm.py", "mummi_loss.py", "agent.py", "envs.py", "replay.py")
 EQUATION = re.compile(r"(?<!\] )Eq\. (\(\d+\)(?:(?:-|, | and )\(\d+\))*)")  # not "[Dreamer] Eq. (6)"
@@ -45,7 +48,7 @@ def marked(kind):
     return {int(n) for mark in marks for n in mark.split(",")}
 
 
-CODE = read(*COMPONENTS, "train.py")
+CODE = read(*COMPONENTS, "methods.py", "train.py")
 
 
 def test_every_equation_in_the_code_is_tested_and_no_other():
@@ -79,3 +82,18 @@ def test_a_component_copied_alone_runs(tmp_path, name):
     run = subprocess.run([sys.executable, "-I", name], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert re.search(r"\((\d+,( \d+)*)?\)", run.stdout)
+
+
+def test_continuous_integration_runs_the_readmes_test_line():
+    block = read("README.md").split("```bash\n")[1].split("```")[0].splitlines()
+    assert block[0].endswith("python train.py --task finger_spin") and block[1].endswith("python -m pytest")
+    assert block[1] in read(".ci/run").splitlines()
+
+
+def test_every_file_and_option_that_the_readme_names_exists():
+    text = read("README.md")
+    for name in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (ROOT / name).exists(), name
+    options = {"--" + field.replace("_", "-") for config in (train.Config, evaluate.Options) for field in config.__dataclass_fields__}
+    options |= {"--no-" + option[2:] for option in options}
+    assert set(re.findall(r"--[a-z][\w-]+", text)) <= options | {"--help"}

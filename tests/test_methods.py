@@ -1,4 +1,4 @@
-"""train.py's five methods: their objectives written out, what its configuration reaches, seeds, schedule."""
+"""The five methods: their objectives written out, what its configuration reaches, seeds, schedule."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from conftest import MODALITIES, B, T, close, observe, random_batch, tiny_agent,
 from test_mummi_loss import info_nce_in_python
 from torch.distributions import Normal, kl_divergence
 
+import mssm
 import train
 
 N = T * B
@@ -72,7 +73,7 @@ def test_elbo_reconstructs_every_modality_that_is_present(method):
     model, filtered, batch, loss, _ = world_model_loss(method, free_nats=0.1)
     decoded, total = model.decode(torch.cat([filtered.s_c, filtered.h], -1)), 0.0
     for m, name in enumerate(MODALITIES):
-        x = train.normalise(batch["observation"][name]).double()
+        x = mssm.normalise(batch["observation"][name]).double()
         log_likelihood = Normal(decoded[name].double(), 1.0).log_prob(x).flatten(2).sum(-1)
         total += log_likelihood[batch["present"][..., m]].sum() / N
     close(loss, -(total + reward_and_kl(model, filtered, batch, 0.1)))
@@ -92,7 +93,7 @@ def test_five_methods_are_five_pairs_of_fusion_and_objective():
 def test_every_size_of_the_configuration_lands_where_it_belongs():
     """make_agent passes many numbers by position."""
     sizes = dict(d_h=3, d_c=5, d_f=7, hidden=11, units=13, channels=1)
-    behaviour = dict(horizon=17, discount=0.9, lambda_=0.8, clip=19.0, mpc_rate=0.7, mpc_iterations=2, exploration=0.6)
+    behaviour = dict(horizon=17, discount=0.9, return_lambda=0.8, clip=19.0, mpc_rate=0.7, mpc_iterations=2, exploration=0.6)
     agent = tiny_agent(**sizes | behaviour)
     assert {name: getattr(agent, name) for name in behaviour} == behaviour
     model = agent.model

@@ -15,10 +15,10 @@ import test_mummi_loss
 import test_replay
 
 import agent
+import methods
 import mssm
 import mummi_loss
 import replay
-import train
 
 FAULTS = [  # name, function, its text, the fault, the test that must fail
     # Fusion and inference, Eq. (11)
@@ -64,7 +64,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mummi_loss.test_an_absent_modality_adds_no_likelihood),
     ("lambda^m dropped", mummi_loss.mummi_loss, "weights[name] *", "1.0 *",
      test_mummi_loss.test_mummi_loss_is_the_sum_written_out),
-    ("touch weighs as much as images", train.mummi, 'config.touch_weight if name == "touch" else 1.0', "1.0",
+    ("touch weighs as much as images", methods.mummi, 'config.touch_weight if name == "touch" else 1.0', "1.0",
      test_methods.test_mummi_sums_a_bound_for_each_expert),
 
     # Behaviour, Eq. (18), (19)

@@ -127,7 +127,6 @@ def test_reopened_it_goes_on_from_the_saved_state(tmp_path):
     assert kept(reopened) == {0, 1, 3}
 
 
-@pytest.mark.xfail(strict=True, reason="episodes overwritten after the checkpoint are still listed by it")
 def test_reopened_it_does_not_draw_what_was_overwritten_since(tmp_path):
     replay = filled(tmp_path, [10, 10, 10], capacity=30)
     state = replay.state_dict()

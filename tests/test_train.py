@@ -73,8 +73,8 @@ def test_the_video_shows_what_the_agent_saw(folder):
         pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(pictures) == 100
     assert pictures[0].shape == (256, 512, 3)  # position and camera, four times as large
-    assert any(picture[:, 256:].max() < 20 for picture in pictures), "no missing frame is black"
-    assert any(picture[:, 256:].max() > 150 for picture in pictures), "no frame shows the world"
+    brightest = [picture[:, 256:].max() for picture in pictures]  # the world is bright, a cross is grey
+    assert 30 <= sum(value < 130 for value in brightest) <= 45, "38 of 101 are missing and crossed out"
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(folder):
