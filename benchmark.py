@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ def update():
     for size in (16, 50):
         agent = make_agent(Config(batch_size=size, batch_length=size), SPACE, ACTION_SIZE)
         batch = random_batch(size, size, agent.device)
-        results[f"{size}x{size}"] = times = milliseconds(lambda: agent.update(batch), repeats=50 if CUDA else 5, warm_up=3)
+        times = milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5, warm_up=3)
+        results[f"{size}x{size}"] = times
         times["matmuls"] = round(times["median"] / product, 1)
         times["peak_host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
         if CUDA:
@@ -91,9 +93,13 @@ def action():
         batch = random_batch(1, num_envs, agent.device)
         observation = {name: x[0] for name, x in batch["observation"].items()}
         memory, first = agent.initial_memory(num_envs), torch.zeros(num_envs, dtype=torch.bool, device=agent.device)
-        act = lambda: agent.act(memory, observation, batch["present"][0], first, explore=True)  # noqa: B023, E731
+        act = partial(agent.act, memory, observation, batch["present"][0], first, explore=True)
         results[num_envs] = milliseconds(act, repeats=20, warm_up=3)
     return results
+
+
+def random_decision(env):
+    env.step(env.action_space.sample())
 
 
 def environments():
@@ -102,9 +108,9 @@ def environments():
     for task in TASKS:
         env = make_env(task)
         reset = milliseconds(env.reset, repeats=10)
-        actions = iter(np.random.default_rng(0).uniform(-1, 1, (500, *env.action_space.shape)))
         env.reset()
-        decision = milliseconds(lambda: env.step(next(actions)), min(400, env.episode_steps - 1))  # noqa: B023
+        env.action_space.seed(0)
+        decision = milliseconds(partial(random_decision, env), repeats=min(400, env.episode_steps - 1))
         env.close()
         results[task] = {"decision": decision, "reset": reset}
     return results
@@ -117,7 +123,7 @@ def replay():
         with tempfile.TemporaryDirectory() as folder:
             memory = Replay(folder, replay_fields(SPACE, ACTION_SIZE), capacity)
             memory.episodes = [(start, 500, 0) for start in range(0, capacity, 500)]
-            draw = lambda: training_batch(memory, config, rng, "cpu")  # noqa: B023, E731
+            draw = partial(training_batch, memory, config, rng, "cpu")
             results[capacity] = milliseconds(draw, repeats=20, warm_up=3)
     return results
 

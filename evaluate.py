@@ -3,7 +3,7 @@
 Every run acts for 10 episodes at each missing rate of Table I (None 0 %, Medium 37.5 %, High 75 %)
 on backgrounds it has not seen, without exploration. Runs of one task and method are pooled over
 their seeds. The table shows ours and, in brackets, the paper's. It is printed and written to
-`<output>.md`, `.csv` and `.json`; the JSON holds every episode.
+`<output>.md`, `.csv` (a line a seed) and `.json` (every episode).
 
     python evaluate.py runs/toy-mummi-1                         # the paper's three rates
     python evaluate.py runs/* --remove camera                   # a sensor gone for good (Table II)
@@ -15,7 +15,7 @@ import itertools
 import json
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -176,8 +176,9 @@ def paper_cell(task, sensors, missing, method):
     paper = json.loads(PAPER.read_text())
     if task == "table_wiping":
         return paper["Table II"].get(sensors, {}).get(missing, {}).get(method)
-    every = "+" in sensors and sensors.count("+") == 2  # Table I has all three sensors
-    return paper["Table I"].get(task, {}).get(missing, {}).get(method) if every else None
+    if sensors != "rgb+depth+touch":  # Table I removes none
+        return None
+    return paper["Table I"].get(task, {}).get(missing, {}).get(method)
 
 
 def markdown(cells, references):
@@ -200,8 +201,8 @@ def markdown(cells, references):
             texts.append(text + (f" [{paper[0]} ± {paper[1]}]" if paper else ""))
         lines.append(f"| {task} | {sensors} | {missing} | " + " | ".join(texts) + " |")
     counts = {(c["seeds"], c["episodes"]) for row in cells.values() for c in row.values()}
-    lines += ["", "Mean ± standard deviation over episodes; the paper's in brackets. "
-              + "; ".join(f"{s} seed{'s' * (s > 1)}, {e} episodes" for s, e in sorted(counts)) + " a cell."]  # fmt: skip
+    counted = "; ".join(f"{s} seed{'s' * (s > 1)}, {e} episodes" for s, e in sorted(counts))
+    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} a cell."]
     for task, policies in references.items():
         for name, returns in policies.items():
             lines.append(f"The {name} policy earns {np.mean(returns):.1f} ± {np.std(returns):.1f} on {task}.")
@@ -243,9 +244,8 @@ def main(options):
 
     records = []
     for folder, config in configs.items():
-        config.device = options.device
         env = environments.make_env(config.task)
-        agent = make_agent(config, env.observation_space, env.action_space.shape[0])
+        agent = make_agent(replace(config, device=options.device), env.observation_space, env.action_space.shape[0])
         agent.load_state_dict(checkpoints[folder]["agent"])
         print(f"{folder}: step {checkpoints[folder]['steps']}", file=sys.stderr)
         records += evaluate_run(folder, config, agent, options)
@@ -262,9 +262,11 @@ def main(options):
     path.with_name(path.name + ".json").write_text(json.dumps(report, indent=1) + "\n")
     with open(path.with_name(path.name + ".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("task sensors missing method mean std episodes seeds".split())
-        for row, methods in cells.items():
-            writer.writerows([*row, method, *cell.values()] for method, cell in methods.items())
+        writer.writerow("task method seed sensors missing mean std episodes".split())
+        for r in records:
+            returns = np.array(r["returns"])
+            row = [r["task"], r["method"], r["seed"], r["sensors"], r["missing"]]
+            writer.writerow([*row, round(returns.mean(), 2), round(returns.std(), 2), len(returns)])
 
 
 if __name__ == "__main__":

@@ -113,7 +113,6 @@ TOY = dict(
 )  # fmt: skip
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY}
 
-
 POSITIVE = ("num_envs steps capacity log_every eval_every eval_episodes d_h d_c d_f hidden units channels "
             "batch_size batch_length horizon clip initial_std").split()  # fmt: skip
 NOT_NEGATIVE = "seed prefill first_updates updates_per_1000 exploration mpc_iterations fused_kl_scale".split()
@@ -179,7 +178,9 @@ def check(config):
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU: leave --device out, or give cpu")
     folder = run_folder(config)
-    if not config.resume and folder.exists():
+    if config.resume:
+        checkpoint_path(folder)
+    elif folder.exists():
         raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}")
 
 
@@ -291,6 +292,7 @@ class Log:
         self.file = open(folder / "metrics.jsonl", "a", buffering=1)
         self.board = SummaryWriter(folder)
         self.pending = defaultdict(list)
+        self.latest = {}  # the last value of everything that was written
 
     def add(self, metrics):
         """Keep {name: ()} for the next `means`, without waiting for the GPU."""
@@ -306,6 +308,7 @@ class Log:
     def write(self, steps, values):
         """One line of {name: float} at an environment step."""
         self.file.write(json.dumps({"steps": steps, **values}) + "\n")
+        self.latest.update(values)
         for name, value in values.items():
             self.board.add_scalar(name, value, steps)
 
@@ -336,12 +339,17 @@ def restore(folder, agent, replay, rng):
     return state["steps"], state["updates"]
 
 
-def load_checkpoint(folder):
-    """The dictionary of `save_checkpoint`, on the CPU. Raises ValueError if there is none."""
+def checkpoint_path(folder):
+    """Where a run's checkpoint is. Raises ValueError if there is none."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        raise ValueError(f"{path} is missing: the run has not reached its first evaluation yet")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        raise ValueError(f"{path} is missing: give the folder of a run that has reached its first evaluation")
+    return path
+
+
+def load_checkpoint(folder):
+    """The dictionary of `save_checkpoint`, on the CPU. Raises ValueError if there is none."""
+    return torch.load(checkpoint_path(folder), map_location="cpu", weights_only=True)
 
 
 def panel(name, x, present):
@@ -452,11 +460,12 @@ def main(config):
             first, done = done, terminated | truncated  # the step after the last one is a reset,
             action = np.where(first[:, None], 0, action)  # which no action led to
             steps += repeat * int((~first).sum())
+            shown = ("train_return", "model_loss", "actor_loss", "critic_loss")
+            bar.set_postfix({name: log.latest[name] for name in shown if name in log.latest}, refresh=False)
             bar.update(steps - bar.n)
 
         returns, seen = run_episodes(agent, eval_envs, config.seed)
         log.write(steps, {"updates": updates, "eval_return": returns.mean(), "eval_std": returns.std()})
-        bar.set_postfix({"return": f"{returns.mean():.0f}", "updates": updates})
         tqdm.write(f"step {steps}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
         write_video(folder / f"video-{steps:08}.mp4", seen)
         save_checkpoint(folder, agent, replay, rng, config, steps, updates)

@@ -175,3 +175,40 @@ def test_a_training_batch_is_what_update_reads(tmp_path):
     assert batch["observation"]["touch"].shape == (7, 3, 2) and list(batch["observation"]) == ["touch"]
     assert batch["present"].shape == (7, 3, 1)
     assert batch["action"].shape == (7, 3, 2) and batch["reward"].shape == (7, 3)
+
+
+def top_level_shapes(method):
+    """{module: shapes of its parameters} of the world model, actor and critic."""
+    agent, shapes = tiny_agent(method), {}
+    for owner in ("model", "actor", "critic"):
+        for name, parameter in getattr(agent, owner).named_parameters():
+            shapes.setdefault(f"{owner}.{name.split('.')[0]}", []).append(tuple(parameter.shape))
+    return shapes
+
+
+def test_methods_differ_in_fusion_and_heads_and_in_nothing_else():
+    shapes = {method: top_level_shapes(method) for method in train.METHODS}
+    own = {
+        "mummi": {"model.experts", "model.code"},
+        "mummi_b": {"model.experts", "model.code"},
+        "mssm_e": {"model.experts", "model.decoders"},
+        "cvrl": {"model.project_x", "model.project_z"},
+        "dreamer": {"model.decoders"},
+    }
+    shared = set.intersection(*(set(modules) for modules in shapes.values()))
+    for method, modules in shapes.items():
+        assert set(modules) - shared == own[method]
+        for name in shared - {"model.posterior_s_f"}:
+            assert modules[name] == shapes["mummi"][name], (method, name)
+    for method in ("cvrl", "dreamer"):  # the posterior reads one code, or all features side by side
+        (weight, bias), (fused_weight, fused_bias) = (shapes[m]["model.posterior_s_f"] for m in (method, "mummi"))
+        assert bias == fused_bias and weight[0] == fused_weight[0] and weight[1] == len(MODALITIES) * 64
+    assert shapes["mummi"] == shapes["mummi_b"]
+    assert shapes["mssm_e"]["model.decoders"] == shapes["dreamer"]["model.decoders"]
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_each_method_reduces_its_own_loss(method):
+    agent, batch = tiny_agent(method, model_lr=3e-3), random_batch()
+    losses = [float(agent.update(batch)["model_loss"]) for _ in range(40)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1

@@ -109,7 +109,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_replay.test_every_window_is_as_likely_as_any_other),
     ("overwritten episodes kept", replay.Replay.add, "e[0] + e[1] <= first or", "True or",
      test_replay.test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged),
-    ("overwritten episodes restored", replay.Replay.load_state_dict, "== serial)", "== self.serial)",
+    ("overwritten episodes restored", replay.Replay.load_state_dict, "== serial).all()", "== serial).any()",
      test_replay.test_reopened_it_does_not_draw_what_was_overwritten_since),
 ]  # fmt: skip
 CHOSEN = {"method": "mummi"}  # for a test that runs for several

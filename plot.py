@@ -1,0 +1,185 @@
+"""Learning curves of runs, Fig. 5: `python plot.py runs/finger_spin-* runs/cup_catch-*`.
+
+One panel a task, one line a method: the mean over the seeds, in a band of one standard deviation.
+Every run is smoothed by itself, as in Fig. 5 by a moving average with weight 0.9, and then
+interpolated on the steps that all seeds of its method have reached. Writes <output>.png and .svg.
+
+    python plot.py runs/toy-*                                        # every training episode
+    python plot.py runs/toy-* --metric eval_return --smoothing 0     # evaluations as they were
+
+A line is labelled with its method alone, so runs of one task that differ in more than method and
+seed are refused, as is a seed that is given twice.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+METHODS = {  # method: its name in the paper, colour (Okabe and Ito's palette), line style, marker
+    "mummi": ("MuMMI", "#D55E00", "-", "o"),
+    "mummi_b": ("MuMMI-b", "#E69F00", "--", "s"),
+    "mssm_e": ("MSSM-e", "#009E73", "-.", "^"),
+    "cvrl": ("CVRL", "#0072B2", ":", "D"),
+    "dreamer": ("Dreamer", "#CC79A7", (0, (7, 2, 1, 2, 1, 2)), "v"),
+}
+MAY_DIFFER = {"method", "seed", "name", "resume", "device", "num_envs", "steps", "log_every", "eval_every", "eval_episodes"}
+POINTS = 200  # of a curve
+
+
+@dataclass
+class Options:
+    """What to draw."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs; a shell's glob gives many
+    metric: Literal["train_return", "eval_return"] = "train_return"  # of episodes with or without exploration
+    smoothing: float = 0.9  # weight of the past in the moving average, Fig. 5; 0 for none
+    output: str = "curves"  # file name without suffix
+
+
+# ---- 1. Reading runs -----------------------------------------------------------------------------
+
+
+def read_config(folder):
+    """config.json of a run. Raises ValueError if the folder holds none."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        known = config["task"], config["method"], config["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is not the folder of a run: {path} with task, method and seed is missing") from None
+    if known[1] not in METHODS:
+        raise ValueError(f"{path}: method {known[1]!r} is unknown: choose among {', '.join(METHODS)}")
+    return config
+
+
+def read_metric(folder, metric):
+    """Steps (K,) and values (K,) of one metric of a run. Raises ValueError if there are none.
+
+    An unclean stop can leave half a last line, and a run that is resumed from its checkpoint
+    repeats the steps since then: the later lines count.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    points = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON; delete the line if the run was cut off there") from None
+        if metric in line:
+            while points and points[-1][0] > line["steps"]:
+                points.pop()
+            points.append((line["steps"], line[metric]))
+    if not points:
+        raise ValueError(f"{path} has no line with {metric} yet: give runs that have, or another --metric")
+    return np.array(points, float).T
+
+
+def check_comparable(configs):
+    """Raises ValueError where the label of a line, its method, would hide a difference.
+
+    configs  {folder: config}
+    """
+    first, seeds = {}, {}
+    for folder, config in configs.items():
+        other = first.setdefault(config["task"], folder)
+        for name in sorted((config.keys() | configs[other].keys()) - MAY_DIFFER):
+            if config.get(name) != configs[other].get(name):
+                raise ValueError(f"{other} and {folder} differ in {name}, {configs[other].get(name)} and "
+                                 f"{config.get(name)}: plot them apart")  # fmt: skip
+        run = config["task"], config["method"], config["seed"]
+        if run in seeds:
+            raise ValueError(f"{seeds[run]} and {folder} are both {run[0]}, {run[1]}, seed {run[2]}: leave one out")
+        seeds[run] = folder
+
+
+# ---- 2. Curves -----------------------------------------------------------------------------------
+
+
+def smooth(values, weight):
+    """Moving average: value i - k counts weight^k as much as value i. (K,) -> (K,)"""
+    total = norm = 0.0
+    averages = []
+    for value in values:
+        total, norm = weight * total + value, weight * norm + 1
+        averages.append(total / norm)
+    return np.array(averages)
+
+
+def interpolate(curves):
+    """Curves on common steps, from where the last of them begins to where the first of them ends.
+
+    curves   one (steps (K,), values (K,)) a seed; of values at the same step the last counts
+    returns  steps (POINTS,), values (seeds, POINTS)
+    Raises ValueError if they have no steps in common.
+    """
+    curves = [(np.unique(steps), values[np.searchsorted(steps, np.unique(steps), "right") - 1]) for steps, values in curves]
+    begin, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    if begin > end:
+        raise ValueError(f"one seed begins at step {begin:.0f} and another ends at {end:.0f}: nothing to average")
+    grid = np.linspace(begin, end, POINTS)
+    return grid, np.stack([np.interp(grid, *curve) for curve in curves])
+
+
+def draw(lines, options):
+    """The figure.
+
+    lines  {task: {method: (steps (POINTS,), values (seeds, POINTS))}}
+    """
+    columns = min(len(lines), 3)
+    rows = -(-len(lines) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (task, methods) in zip(axes, lines.items()):
+        for i, method in enumerate(m for m in METHODS if m in methods):
+            (name, colour, style, marker), (steps, values) = METHODS[method], methods[method]
+            mean, std = values.mean(0), values.std(0)
+            axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+            label = f"{name}, {len(values)} seed{'s' * (len(values) > 1)}"
+            axis.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, label=label,
+                      marker=marker, markersize=4.5, markevery=(6 * i, 40))  # fmt: skip
+        axis.set(title=task.replace("_", " "), xlabel="environment steps", ylabel=f"{options.metric[:-7]} return")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    for axis in axes[len(lines) :]:
+        axis.remove()
+    note = f"mean ± one standard deviation over seeds; moving average with weight {options.smoothing:g}"
+    figure.supxlabel(note, fontsize=7, color="0.35")
+    return figure
+
+
+def main(options):
+    """Read all runs, then draw and write. Raises ValueError on bad input, before anything is written."""
+    if not 0 <= options.smoothing < 1:
+        raise ValueError(f"--smoothing {options.smoothing} is not allowed: give at least 0 and less than 1")
+    configs = {folder: read_config(folder) for folder in options.runs}
+    check_comparable(configs)
+    curves = defaultdict(lambda: defaultdict(list))
+    for folder, config in configs.items():
+        steps, values = read_metric(folder, options.metric)
+        curves[config["task"]][config["method"]].append((steps, smooth(values, options.smoothing)))
+    lines = {task: {m: interpolate(c) for m, c in methods.items()} for task, methods in curves.items()}
+    figure = draw(lines, options)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".svg"):
+        figure.savefig(options.output + suffix, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ValueError as error:
+        print(f"plot.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,167 @@
+"""plot.py: smoothing and interpolation against their definitions, seeds pooled, bad input refused."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot
+
+SCRIPT = Path(plot.__file__)
+
+
+def write_run(folder, values, task="toy", method="mummi", seed=1, metric="train_return", steps=None, **config):
+    """A run as train.py leaves it, with other lines between those of the metric."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(task=task, method=method, seed=seed, **config)))
+    steps = range(400, 400 * len(values) + 1, 400) if steps is None else steps
+    lines = [line for s, v in zip(steps, values) for line in ({"steps": s, metric: v}, {"steps": s, "kl": 1.0})]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def command(monkeypatch, *arguments):
+    """`python plot.py ...` in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+# ---- 1. Curves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 0.9])
+def test_smoothing_is_the_weighted_mean_of_the_past(weight):
+    values = np.random.rand(30)
+    for i, average in enumerate(plot.smooth(values, weight)):
+        weights = [weight ** (i - j) for j in range(i + 1)]
+        assert average == pytest.approx(np.average(values[: i + 1], weights=weights))
+
+
+def test_seeds_are_interpolated_where_all_have_steps():
+    """Straight lines stay straight, whatever their steps."""
+    a, b = np.array([0.0, 100, 400]), np.array([50.0, 60, 310, 330])
+    steps, values = plot.interpolate([(a, 2 * a), (b, 5 - b)])
+    assert steps[0] == 50 and steps[-1] == 330
+    np.testing.assert_allclose(values, [2 * steps, 5 - steps])
+
+
+def test_the_last_of_several_values_at_one_step_counts():
+    """Environments side by side end their episodes at the same step; the last is the smoothed one."""
+    steps, values = plot.interpolate([(np.array([4.0, 4, 8, 8, 8]), np.array([9.0, 1, 9, 9, 3]))])
+    np.testing.assert_allclose(values[0], np.interp(steps, [4, 8], [1, 3]))
+
+
+def test_seeds_without_common_steps_are_refused():
+    with pytest.raises(ValueError, match="begins at step 500 and another ends at 100"):
+        plot.interpolate([(np.array([0.0, 100]), np.zeros(2)), (np.array([500.0, 600]), np.zeros(2))])
+
+
+def test_seeds_are_pooled_to_mean_and_standard_deviation(tmp_path, monkeypatch):
+    """What is drawn, taken from the figure: one panel a task, one line a method."""
+    runs = [write_run(tmp_path / f"a{s}", [10.0 * s] * 5, seed=s, name=f"a{s}") for s in (1, 2, 3)]
+    runs += [write_run(tmp_path / "b", [1.0, 2.0], method="dreamer"), write_run(tmp_path / "c", [5.0], task="cup_catch")]
+    figures = []
+    draw = plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *arguments: figures.append(draw(*arguments)) or figures[0])
+    plot.main(plot.Options(tuple(runs), output=str(tmp_path / "new" / "curves")))
+
+    toy, cup = figures[0].axes
+    assert (toy.get_title(), cup.get_title()) == ("toy", "cup catch")
+    assert [line.get_label() for line in toy.lines] == ["MuMMI, 3 seeds", "Dreamer, 1 seed"]
+    np.testing.assert_allclose(toy.lines[0].get_ydata(), 20)
+    band = toy.collections[0].get_paths()[0].vertices[:, 1]
+    std = np.std([10, 20, 30])
+    np.testing.assert_allclose([band.min(), band.max()], [20 - std, 20 + std])
+    for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        assert (tmp_path / "new" / f"curves{suffix}").read_bytes().startswith(start)
+
+
+# ---- 2. Reading ----------------------------------------------------------------------------------
+
+
+def test_half_a_last_line_is_ignored(tmp_path):
+    run = Path(write_run(tmp_path / "run", [1.0, 2.0]))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"steps": 1200, "train_ret')
+    np.testing.assert_array_equal(plot.read_metric(run, "train_return"), [[400, 800], [1, 2]])
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
+    run = write_run(tmp_path / "run", [1.0, 2.0, 3.0, 7.0, 8.0, 9.0], steps=[400, 800, 1200, 800, 1200, 1600])
+    steps, values = plot.read_metric(run, "train_return")
+    assert steps.tolist() == [400, 800, 800, 1200, 1600] and values.tolist() == [1, 2, 7, 8, 9]
+
+
+# ---- 3. Bad input: one line, exit code 2, nothing written ----------------------------------------
+
+
+def no_run(folder):
+    return [str(folder / "missing")]
+
+
+def half_a_config(folder):
+    run = write_run(folder / "run", [1.0])
+    (folder / "run" / "config.json").write_text('{"task": "toy", "meth')
+    return [run]
+
+
+def unknown_method(folder):
+    return [write_run(folder / "run", [1.0], method="ppo")]
+
+
+def no_evaluation_yet(folder):
+    return [write_run(folder / "run", [1.0]), "--metric", "eval_return"]
+
+
+def no_metrics(folder):
+    run = write_run(folder / "run", [1.0])
+    (folder / "run" / "metrics.jsonl").unlink()
+    return [run]
+
+
+def broken_line(folder):
+    run = write_run(folder / "run", [1.0])
+    (folder / "run" / "metrics.jsonl").write_text('{"steps": 4\n{"steps": 400, "train_return": 1.0}\n')
+    return [run]
+
+
+def one_seed_twice(folder):
+    return [write_run(folder / "a", [1.0]), write_run(folder / "b", [1.0])]
+
+
+def different_missing_rates(folder):
+    return [write_run(folder / "a", [1.0], missing_rate=0.0), write_run(folder / "b", [1.0], seed=2, missing_rate=0.375)]
+
+
+def smoothing_of_one(folder):
+    return [write_run(folder / "run", [1.0]), "--smoothing", "1"]
+
+
+@pytest.mark.parametrize("bad_input, message", [
+    (no_run, "missing is not the folder of a run"),
+    (half_a_config, "run is not the folder of a run"),
+    (unknown_method, "method 'ppo' is unknown: choose among mummi,"),
+    (no_evaluation_yet, "no line with eval_return yet"),
+    (no_metrics, "no line with train_return yet"),
+    (broken_line, "metrics.jsonl, line 1: not JSON"),
+    (one_seed_twice, "are both toy, mummi, seed 1: leave one out"),
+    (different_missing_rates, "differ in missing_rate, 0.0 and 0.375: plot them apart"),
+    (smoothing_of_one, "--smoothing 1.0 is not allowed"),
+])  # fmt: skip
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, bad_input, message):
+    arguments = bad_input(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *arguments, "--output", str(tmp_path / "new" / "curves"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("plot.py: ") and error.count("\n") == 1 and message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_writes_both_files(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", [1.0, 2.0], metric="eval_return")
+    command(monkeypatch, run, "--metric", "eval_return", "--output", str(tmp_path / "curves"))
+    assert {path.suffix for path in tmp_path.glob("curves.*")} == {".png", ".svg"}
