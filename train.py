@@ -107,9 +107,9 @@ class Config:
 # A task's own defaults. The toy control task trains on a CPU in minutes: small networks and batches,
 # larger learning rates, a shorter memory of the future than 100 steps.
 TOY = dict(
-    num_envs=4, steps=5_200, prefill=2_000, first_updates=200, updates_per_1000=400, capacity=20_000, eval_every=800,
+    num_envs=4, steps=6_000, prefill=2_000, first_updates=200, updates_per_1000=400, capacity=20_000, eval_every=1_200,
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
-    model_lr=2e-3, actor_lr=3e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
+    model_lr=3e-3, actor_lr=2e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
 )  # fmt: skip
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY}
 
