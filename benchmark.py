@@ -15,13 +15,14 @@ import tempfile
 import time
 from functools import partial
 
+from train import Config, keep_freed_memory, make_agent, replay_fields, training_batch  # isort: skip
+
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, MultiBinary
 
 from envs import TASKS, make_env
 from replay import Replay
-from train import Config, keep_freed_memory, make_agent, replay_fields, training_batch
 
 SPACE = Dict([  # that of the control suite
     ("rgb", Box(0, 255, (64, 64, 3), np.uint8)), ("depth", Box(0, 10, (64, 64, 1), np.float32)),

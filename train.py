@@ -25,6 +25,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+# Torch's threads share the cores with the environments. If they spun while they wait for each other, as
+# they do unless told so before the import, an update could take a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 import tyro
