@@ -15,7 +15,7 @@ import tempfile
 import time
 from functools import partial
 
-from train import Config, keep_freed_memory, make_agent, replay_fields, training_batch  # isort: skip
+from train import Config, keep_freed_memory, make_agent, replay_fields, training_batch  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch

@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from train import Config, fail, load_checkpoint, make_agent, run_episodes, seeds, to_device, write_video  # isort: skip
+from train import Config, fail, load_checkpoint, make_agent, run_episodes, seeds, to_device, write_video  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch
