@@ -110,23 +110,6 @@ def test_reopened_it_goes_on_from_the_saved_state(tmp_path):
     assert kept(reopened) == {0, 1, 3}
 
 
-def test_reopened_it_goes_on_from_the_saved_state(tmp_path):
-    """A resumed run sees what was there at the checkpoint; what came after is forgotten."""
-    replay = filled(tmp_path, [10, 10])
-    state = replay.state_dict()
-    replay.flush()
-    replay.add(episode(2, 10))
-    reopened = Replay(tmp_path, FIELDS, 1000)
-    assert len(reopened) == 0
-    reopened.load_state_dict(state)
-    assert kept(reopened) == {0, 1}
-    batch = reopened.sample(20, 10, np.random.default_rng(0))
-    for b in range(20):
-        np.testing.assert_array_equal(batch["rgb"][:, b], episode(batch["episode"][0, b], 10)["rgb"])
-    reopened.add(episode(3, 10))  # where episode 2 was
-    assert kept(reopened) == {0, 1, 3}
-
-
 def test_reopened_it_does_not_draw_what_was_overwritten_since(tmp_path):
     replay = filled(tmp_path, [10, 10, 10], capacity=30)
     state = replay.state_dict()
