@@ -1,0 +1,262 @@
+"""Latent spaces of the 2-D toy world, Fig. 1, 19, 20: `python toy.py`, some minutes on a CPU.
+
+A disc moves at random and is seen by two sensors. One model learns from it by the ELBO, Eq. (10),
+another by MuMMI's objective, Eq. (17), and nothing else differs: no actor, no missing data. On motion
+that neither has seen, what both have learnt is drawn and measured, and written to <output>.png and
+.json.
+
+    python toy.py                                  # Fig. 1: position and a ceiling camera
+    python toy.py --world two_cameras              # Fig. 19: a front and a rear camera
+    python toy.py --world x_and_y                  # Fig. 20: x alone and y alone
+    python toy.py --missing-rate 0.375             # with data missing in training
+
+Shapes: T steps, B sequences or episodes, N = T * B, M = 2 sensors. Time first.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from tqdm import trange
+
+from envs import make_env
+from evaluate import matching_rank
+from train import Config, fail, keep_freed_memory, make_agent, seeds
+
+TASKS = {"position_camera": "toy", "two_cameras": "toy_two_cameras", "x_and_y": "toy_xy"}
+METHODS = {"ELBO": "mssm_e", "MuMMI": "mummi"}
+SMALL = dict(  # a model for a CPU; many short sequences, as their steps are the negatives of Eq. (15)
+    d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=32, batch_length=8, model_lr=2e-3, free_nats=1.0,
+)  # fmt: skip
+STEPS = 100  # of an episode
+TRAIN_EPISODES, TEST_EPISODES = 100, 25  # 2,500 steps to measure on
+
+
+@dataclass
+class Options:
+    """Which world, and how long to learn from it."""
+
+    world: Literal["position_camera", "two_cameras", "x_and_y"] = "position_camera"  # Fig. 1, 19, 20
+    missing_rate: float = 0.0  # of each sensor's data in training
+    updates: int = 1_500  # of each of the two models
+    seed: int = 1
+    output: str = ""  # file name without suffix; by default results/toy_world/<world>
+
+
+# ---- 1. Gathering data, learning from them -------------------------------------------------------
+
+
+def random_motion(task, episodes, missing_rate, seed):
+    """Episodes of random actions.
+
+    returns  {sensor: (T, B, ...), "present": (T, B, M), "action": (T, B, 2), "reward": (T, B),
+              "truth": (T, B, 2)}: vectors standardised, and where the disc was in the unit square
+    """
+    env, rng = make_env(task, seed, missing_rate), np.random.default_rng(seed)
+    motion = []  # one list of steps an episode
+    for _ in range(episodes):
+        observation, info = env.reset()
+        action, reward = np.zeros(2), 0.0
+        motion.append([])
+        for _ in range(STEPS):
+            motion[-1].append({**observation, "action": action, "reward": reward, "truth": info["position"]})
+            action = rng.uniform(-1, 1, 2)
+            observation, reward, _, _, info = env.step(action)
+    motion = {name: np.array([[step[name] for step in steps] for steps in zip(*motion)]) for name in motion[0][0]}
+    for sensor in {"position", "x", "y"} & motion.keys():  # uniform in 0..1 has mean 1/2, variance 1/12
+        motion[sensor] = (motion[sensor] - 0.5) * 12**0.5
+    return {name: torch.tensor(x if x.dtype == np.uint8 else x.astype(np.float32)) for name, x in motion.items()}
+
+
+def learn(method, options, motion):
+    """The world model that one method learns from the motion. Adam's rate falls to zero meanwhile."""
+    config = Config(task=TASKS[options.world], method=METHODS[method], seed=options.seed, device="cpu", **SMALL)
+    agent = make_agent(config, make_env(config.task).observation_space, action_size=2)  # only its model learns
+    rng = np.random.default_rng(options.seed)
+    for update in trange(options.updates, desc=method):
+        agent.optimisers["model"].param_groups[0]["lr"] = config.model_lr * (1 - update / options.updates)
+        episode = rng.integers(motion["truth"].shape[1], size=config.batch_size)
+        start = rng.integers(STEPS - config.batch_length + 1, size=config.batch_size)
+        step = start + np.arange(config.batch_length)[:, None]  # (T, B)
+        batch = {name: x[step, episode] for name, x in motion.items()}
+        batch["observation"] = {sensor: batch[sensor] for sensor in agent.model.modalities}
+        filtered = agent.model.observe(batch["observation"], batch["present"], batch["action"])
+        loss, _ = agent.objective(agent.model, filtered, batch)
+        agent.optimise("model", loss)
+    return agent.model
+
+
+# ---- 2. Measuring --------------------------------------------------------------------------------
+
+
+class Spaces(NamedTuple):
+    """What a model makes of motion: of each sensor alone, in their order, and of both."""
+
+    mean: list  # 3 of (N, D_f): each expert's mean, and that of their product
+    std: list  # 3 of (N, D_f)
+    latent: list  # 3 of (N, D_z)
+    truth: torch.Tensor  # (N, 2)  where the disc was
+
+
+@torch.no_grad()
+def perceive(model, motion):
+    """Filter whole episodes with the first sensor, with the second, and with both. Returns Spaces."""
+    means, stds, latents = [], [], []
+    for kept in ([1, 0], [0, 1], [1, 1]):
+        filtered = model.observe(motion, motion["present"] * torch.tensor(kept), motion["action"])
+        means.append(filtered.fused.mean.flatten(0, 1))  # a product of one expert is that expert
+        stds.append(filtered.fused.std.flatten(0, 1))
+        latents.append(model.latent(filtered.h, filtered.s_c).flatten(0, 1))
+    return Spaces(means, stds, latents, motion["truth"].flatten(0, 1))
+
+
+def r2(predicted, truth):
+    """1 - squared error / variance: 1 is exact, 0 as good as the mean. (N, D), (N, D) -> float"""
+    return float(1 - (predicted - truth).square().sum() / (truth - truth.mean(0)).square().sum())
+
+
+def linear(x, truth):
+    """Least squares with a bias. (N, D), (N, 2) -> a function (N', D) -> (N', 2)"""
+    ones = lambda x: torch.cat([x, torch.ones(len(x), 1)], -1)  # noqa: E731
+    solution = torch.linalg.lstsq(ones(x), truth, driver="gelsd").solution  # a unit may be dead
+    return lambda x: ones(x) @ solution
+
+
+def nearest(x, truth, k=5):
+    """Mean of the k nearest neighbours. (N, D), (N, 2) -> a function (N', D) -> (N', 2)"""
+    return lambda query: truth[torch.cdist(query, x).topk(k, largest=False).indices].mean(1)
+
+
+def measure(sensors, fit, test):
+    """{what: number}. Decoders are fitted on one lot of motion and tested on another.
+
+    sensors    the two names
+    fit, test  Spaces
+    """
+    a, b = sensors
+    numbers = {}
+    decode = linear(fit.latent[2], fit.truth)
+    for i, view in enumerate([f"{a} alone", f"{b} alone", "both"]):
+        decoded = decode(test.latent[i])
+        numbers[f"R2 of position from the latent state, {view}"] = r2(decoded, test.truth)
+        for j, coordinate in enumerate("xy"):
+            numbers[f"R2 of {coordinate}, {view}"] = r2(decoded[:, j], test.truth[:, j])
+    for i, j, pair in ((0, 1, f"{a} -> {b}"), (1, 0, f"{b} -> {a}")):
+        transferred = nearest(fit.mean[i], fit.truth)(test.mean[j])
+        numbers[f"R2 of position by nearest expert means, {pair}"] = r2(transferred, test.truth)
+        rank = matching_rank(test.mean[i], test.mean[j])
+        numbers[f"median rank of the same step among {len(test.truth)}, {pair}"] = int(rank)
+    numbers[f"mean log(std of {b} / std of {a})"] = float((test.std[1] / test.std[0]).log().mean())
+    return numbers
+
+
+# ---- 3. Drawing, as in Fig. 1 --------------------------------------------------------------------
+
+
+def principal_components(*spaces):
+    """Every space projected on the two directions in which all of them together spread most.
+
+    spaces   (N, D) each
+    returns  (N, 2) each
+    """
+    together = torch.cat(spaces)
+    centre = together.mean(0)
+    directions = torch.linalg.svd(together - centre, full_matrices=False).Vh[:2]
+    return [(x - centre) @ directions.T for x in spaces]
+
+
+CORNERS = torch.tensor([  # red, green, blue at [y][x] of the unit square's corners
+    [[0.15, 0.25, 0.65], [0.85, 0.15, 0.40]],
+    [[0.05, 0.65, 0.50], [0.98, 0.78, 0.15]],
+])  # fmt: skip
+
+
+def colours(truth):
+    """Positions in the unit square (N, 2) as colours (N, 3), mixed from those of the corners."""
+    x, y = truth.T.unsqueeze(-1)
+    return (1 - y) * ((1 - x) * CORNERS[0, 0] + x * CORNERS[0, 1]) + y * ((1 - x) * CORNERS[1, 0] + x * CORNERS[1, 1])
+
+
+def scatter_row(axes, spaces, truth, titles):
+    """One space a panel, coloured by position; all of them together in grey behind it."""
+    points = principal_components(*spaces)
+    for axis, title, panel in zip(axes, titles, points):
+        axis.scatter(*torch.cat(points).T, s=5, color="0.86", linewidths=0)
+        axis.scatter(*panel.T, s=5, c=colours(truth), linewidths=0)
+        axis.set_title(title, fontsize=9)
+        axis.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+
+
+def draw(world, sensors, spaces, numbers):
+    """The figure: the ELBO left, MuMMI right; experts above, latent states below.
+
+    spaces   {method: Spaces}
+    numbers  {method: of `measure`}
+    """
+    a, b = sensors
+    figure = Figure(figsize=(15, 5.4), layout="constrained")
+    *halves, key = figure.subfigures(1, 3, width_ratios=[7, 7, 1.4], wspace=0.04)
+    for half, (method, space) in zip(halves, spaces.items()):
+        n = numbers[method]
+        half.suptitle(f"{method}, Eq. {'(10)' if method == 'ELBO' else '(17)'}", fontweight="bold")
+        axes = half.subplots(2, 3)
+        transfer = [n[f"R2 of position by nearest expert means, {pair}"] for pair in (f"{b} -> {a}", f"{a} -> {b}")]
+        titles = [f"{name}'s expert\nread as the other's: $R^2$ {r:.2f}" for name, r in zip(sensors, transfer)]
+        scatter_row(axes[0], space.mean, space.truth, [*titles, "product of both"])
+        decoded = {view: n[f"R2 of position from the latent state, {view}"] for view in (f"{a} alone", f"{b} alone", "both")}
+        scatter_row(axes[1], space.latent, space.truth, [f"latent state, {view}\n$R^2$ {r:.2f}" for view, r in decoded.items()])
+    axis = key.subplots()
+    grid = torch.linspace(0, 1, 50)
+    square = torch.cartesian_prod(grid, grid).flip(-1)  # rows of the picture are y
+    axis.imshow(colours(square).reshape(50, 50, 3), origin="lower", extent=(0, 1, 0, 1))
+    axis.set(xticks=[0, 1], yticks=[0, 1], xlabel="x", ylabel="y")
+    axis.set_title("true position;\ngrey: the row's\nother panels", fontsize=9)
+    return figure
+
+
+# ---- 4. The command ------------------------------------------------------------------------------
+
+
+def main(options):
+    """Learn, measure, draw and write. Raises ValueError on bad input."""
+    if options.updates < 1 or options.seed < 0:
+        raise ValueError(f"--updates {options.updates} --seed {options.seed} is not allowed: give at least 1 and 0")
+    keep_freed_memory()
+    task, started = TASKS[options.world], time.perf_counter()
+    train_seed, fit_seed, test_seed = seeds(options.seed, count=3)
+    train = random_motion(task, TRAIN_EPISODES, options.missing_rate, train_seed)
+    fit, test = (random_motion(task, TEST_EPISODES, 0.0, seed) for seed in (fit_seed, test_seed))
+
+    spaces, numbers = {}, {}
+    for method in METHODS:
+        model = learn(method, options, train)
+        sensors = list(model.modalities)
+        spaces[method] = perceive(model, test)
+        numbers[method] = measure(sensors, perceive(model, fit), spaces[method])
+
+    print(f"| {options.world} | " + " | ".join(METHODS) + " |\n|---|---|---|")
+    for what in numbers["ELBO"]:
+        values = (numbers[method][what] for method in METHODS)
+        print(f"| {what} | " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in values) + " |")
+    output = Path(options.output or f"results/toy_world/{options.world}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    seconds = round(time.perf_counter() - started)
+    output.with_name(output.name + ".json").write_text(
+        json.dumps({"options": asdict(options), "seconds": seconds, **numbers}, indent=1) + "\n"
+    )
+    draw(options.world, sensors, spaces, numbers).savefig(output.with_name(output.name + ".png"), dpi=110)
+    print(f"{output}.png, {output}.json: {seconds} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ValueError as error:
+        fail("toy.py", error)
