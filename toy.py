@@ -45,7 +45,7 @@ class Options:
 
     world: Literal["position_camera", "two_cameras", "x_and_y"] = "position_camera"  # Fig. 1, 19, 20
     missing_rate: float = 0.0  # of each sensor's data in training
-    updates: int = 1_500  # of each of the two models
+    updates: int = 1_000  # of each of the two models
     seed: int = 1
     output: str = ""  # file name without suffix; by default results/toy_world/<world>
 
