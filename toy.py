@@ -70,7 +70,9 @@ def random_motion(task, episodes, missing_rate, seed):
             action = rng.uniform(-1, 1, 2)
             observation, reward, _, _, info = env.step(action)
     motion = {name: np.array([[step[name] for step in steps] for steps in zip(*motion)]) for name in motion[0][0]}
-    for sensor in {"position", "x", "y"} & motion.keys():  # uniform in 0..1 has mean 1/2, variance 1/12
+    for sensor in {"position", "x", "y"} & motion.keys():
+        # Standardised: uniform in 0..1 has mean 1/2, variance 1/12. Left so small, they are learnt later
+        # than the picture, and it is the camera that the ELBO relies on.
         motion[sensor] = (motion[sensor] - 0.5) * 12**0.5
     return {name: torch.tensor(x if x.dtype == np.uint8 else x.astype(np.float32)) for name, x in motion.items()}
 
