@@ -15,7 +15,7 @@ import tempfile
 import time
 from functools import partial
 
-from train import Config, keep_freed_memory, make_agent, replay_fields, training_batch  # isort: skip (before torch, whose threads it quiets)
+from train import Config, keep_freed_memory, make_agent, replay_fields  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def replay():
         with tempfile.TemporaryDirectory() as folder:
             memory = Replay(folder, replay_fields(SPACE, ACTION_SIZE), capacity)
             memory.episodes = [(start, 500, 0) for start in range(0, capacity, 500)]
-            draw = partial(training_batch, memory, config, rng, "cpu")
+            draw = partial(memory.sample, config.batch_size, config.batch_length, rng)
             results[capacity] = milliseconds(draw, repeats=20, warm_up=3)
     return results
 

@@ -1,4 +1,4 @@
-"""Replay: whole episodes in memory-mapped arrays, sequences drawn inside them.
+"""Replay: whole episodes in files, sequences drawn inside them.
 
 One array a key and one row a step, in `<folder>/<key>.npy`: sparse files that grow with what was
 written and need no more resident memory than the page cache. A ring: the oldest episodes make room.
@@ -13,9 +13,39 @@ Shapes: T steps, B sequences, L rows of one episode. Time first.
     batch = replay.sample(50, 50, np.random.default_rng(0))  # {"rgb": (T, B, 64, 64, 3), ...}
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
+
+
+class Column:
+    """The rows of one key in a .npy file, which is made, sparse, if it does not exist.
+
+    Rows are read from the file and written to it, not through a memory map of it: a map costs a page
+    fault for every 4 kB that is touched for the first time, and its process is killed if the disk is full.
+
+    Raises ValueError where the file holds another shape or type.
+    """
+
+    def __init__(self, path, shape, dtype):
+        array = np.lib.format.open_memmap(path, "r+" if path.exists() else "w+", dtype=dtype, shape=shape)
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{path} holds {array.shape} {array.dtype}, not {shape} {dtype}: use another folder")
+        self.shape, self.dtype, self.header = shape[1:], array.dtype, array.offset
+        self.row_size = array.nbytes // shape[0]  # bytes
+        self.file = open(path, "r+b", buffering=0)
+
+    def read(self, first, out):
+        """Fill `out` (L, ...), which is contiguous, with the rows from `first` on."""
+        os.preadv(self.file.fileno(), [out], self.header + first * self.row_size)
+
+    def write(self, first, rows):
+        """Put rows (L, ...) at `first` and behind it. Raises OSError if the disk is full."""
+        rows = memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B")
+        written, offset = 0, self.header + first * self.row_size
+        while written < len(rows):
+            written += os.pwrite(self.file.fileno(), rows[written:], offset + written)
 
 
 class Replay:
@@ -29,20 +59,13 @@ class Replay:
         self.capacity, self.cursor = capacity, 0
         self.episodes = []  # (first row, number of rows, serial), oldest first
         self.open = []  # rows of the episodes under way, a list an environment
-        self.arrays = {}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        # Which episode a row was written for, counted from 1: tells rows that were overwritten.
-        for key, (shape, dtype) in {**fields, "serial": ((), "int64")}.items():
-            path = Path(folder) / f"{key}.npy"
-            shape = (capacity, *shape)
-            array = np.lib.format.open_memmap(
-                path, "r+" if path.exists() else "w+", dtype=dtype, shape=shape
-            )
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{path} holds {array.shape} {array.dtype}, not {shape} {dtype}: use another folder")
-            self.arrays[key] = array
-        self.serial = self.arrays.pop("serial")
         self.count = 0  # episodes ever added
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.columns = {
+            key: Column(Path(folder) / f"{key}.npy", (capacity, *shape), dtype) for key, (shape, dtype) in fields.items()
+        }
+        # Which episode a row was written for, counted from 1: tells rows that were overwritten.
+        self.serial = Column(Path(folder) / "serial.npy", (capacity,), "int64")
 
     def __len__(self):
         """Rows that can be drawn from."""
@@ -57,9 +80,9 @@ class Replay:
         end = first + rows
         self.episodes = [e for e in self.episodes if e[0] + e[1] <= first or e[0] >= end]  # make room
         self.count += 1
-        self.serial[first:end] = self.count
-        for key, array in self.arrays.items():
-            array[first:end] = episode[key]
+        self.serial.write(first, np.full(rows, self.count))
+        for key, column in self.columns.items():
+            column.write(first, episode[key])
         self.episodes.append((first, rows, self.count))
         self.cursor = end
 
@@ -86,22 +109,31 @@ class Replay:
     def sample(self, batch_size, length, rng):
         """Sequences of consecutive rows, drawn uniformly from all that lie inside one episode.
 
-        returns  {key: (T, B, ...)}  copies
+        returns  {key: (T, B, ...)}
         Raises ValueError if no episode is long enough.
         """
+        return self.read(self.choose(batch_size, length, rng), self.buffers(batch_size, length))
+
+    def choose(self, batch_size, length, rng):
+        """The first rows (B,) of sequences, drawn as `sample` says."""
         starts = np.array([start for start, _, _ in self.episodes])
         windows = np.array([max(0, rows - length + 1) for _, rows, _ in self.episodes]).cumsum()
         if not len(windows) or windows[-1] == 0:
             raise ValueError(f"no episode in the replay has {length} steps: collect more or shorten the sequences")
         drawn = rng.integers(windows[-1], size=batch_size)
         episode = np.searchsorted(windows, drawn, side="right")
-        first = starts[episode] + drawn - np.concatenate([[0], windows])[episode]
-        batch = {}
-        for key, array in self.arrays.items():
-            batch[key] = np.empty((length, batch_size, *array.shape[1:]), array.dtype)
-            for b, row in enumerate(first):
-                batch[key][:, b] = array[row : row + length]
-        return batch
+        return starts[episode] + drawn - np.concatenate([[0], windows])[episode]
+
+    def buffers(self, batch_size, length, empty=np.empty):
+        """{key: (B, T, ...)} for `read` to fill; `empty(shape, dtype)` makes one, in pinned memory perhaps."""
+        return {key: empty((batch_size, length, *c.shape), c.dtype) for key, c in self.columns.items()}
+
+    def read(self, first, buffers):
+        """The sequences that begin at the rows `first` (B,), as {key: (T, B, ...)}, views of the buffers."""
+        for key, column in self.columns.items():
+            for row, out in zip(first, buffers[key]):
+                column.read(row, out)
+        return {key: buffer.swapaxes(0, 1) for key, buffer in buffers.items()}
 
     def state_dict(self):
         """Where the episodes lie; the rows themselves are on disk."""
@@ -110,15 +142,17 @@ class Replay:
     def load_state_dict(self, state):
         """Go back to a saved state: what was written after it is forgotten, and what that overwrote."""
         self.cursor, self.count = state["cursor"], state["count"]
+        serials = np.empty(self.capacity, np.int64)
+        self.serial.read(0, serials)
         self.episodes = [
             (start, rows, serial) for start, rows, serial in state["episodes"]
-            if (self.serial[start : start + rows] == serial).all()
+            if (serials[start : start + rows] == serial).all()
         ]  # fmt: skip
 
     def flush(self):
         """Write what the page cache holds to disk."""
-        for array in (self.serial, *self.arrays.values()):
-            array.flush()
+        for column in (self.serial, *self.columns.values()):
+            os.fsync(column.file.fileno())
 
 
 if __name__ == "__main__":

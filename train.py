@@ -21,6 +21,7 @@ import platform
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -246,11 +247,57 @@ def replay_fields(observation_space, action_size):
     return fields | {"action": ((action_size,), np.float32), "reward": ((), np.float32)}
 
 
-def training_batch(replay, config, rng, device):
-    """What `Agent.update` reads, drawn from the replay."""
-    batch = to_device(replay.sample(config.batch_size, config.batch_length, rng), device)
-    rest = {name: batch.pop(name) for name in ("present", "action", "reward")}
-    return {"observation": batch, **rest}
+class Batches:
+    """What `Agent.update` reads, drawn from the replay: the next batch while an update runs.
+
+    A thread reads it from disk and, where there is a GPU, sends it there, from pinned memory on a
+    stream of its own. Which sequences it holds is decided by the caller's thread, so that equal
+    seeds give equal batches.
+    """
+
+    def __init__(self, replay, config, rng, device):
+        self.replay, self.rng, self.device = replay, rng, device
+        self.size = config.batch_size, config.batch_length
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.buffers = replay.buffers(*self.size, empty=pinned if self.stream else np.empty)
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def next(self):
+        """One batch: observation {name: (T, B, ...)}, present (T, B, M), action (T, B, A), reward (T, B)."""
+        batch = (self.pending or self.draw()).result()
+        self.pending = self.draw()
+        if self.stream:  # its memory is not to be used again before the update has read it
+            for x in batch.values():
+                x.record_stream(torch.cuda.current_stream())
+        rest = {name: batch.pop(name) for name in ("present", "action", "reward")}
+        return {"observation": batch, **rest}
+
+    def draw(self):
+        return self.thread.submit(self.read, self.replay.choose(*self.size, self.rng))
+
+    def read(self, first):
+        batch = self.replay.read(first, self.buffers)
+        if self.stream is None:
+            return {key: torch.tensor(x) for key, x in batch.items()}
+        with torch.cuda.stream(self.stream):
+            batch = to_device(batch, self.device)
+        self.stream.synchronize()
+        return batch
+
+    def settle(self):
+        """Wait until nothing is being read, so that rows may be overwritten."""
+        if self.pending:
+            self.pending.result()
+
+    def drop(self):
+        """Forget the batch drawn ahead: a run that is resumed here does not have it either."""
+        self.settle()
+        self.pending = None
+
+
+def pinned(shape, dtype):
+    """An array that the GPU can read by itself."""
+    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), pin_memory=True).numpy()
 
 
 def updates_due(config, steps):
@@ -404,11 +451,11 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def learn(agent, replay, config, rng, log, steps, updates):
+def learn(agent, batches, config, log, steps, updates):
     """All updates that are due after so many environment steps. Returns their number so far."""
-    while len(replay) and updates < updates_due(config, steps):
+    while len(batches.replay) and updates < updates_due(config, steps):
         started = time.perf_counter()
-        log.add(agent.update(training_batch(replay, config, rng, agent.device)))
+        log.add(agent.update(batches.next()))
         updates += 1
         if updates == 2 and agent.device.type == "cpu":
             seconds = time.perf_counter() - started
@@ -436,6 +483,7 @@ def main(config):
     replay = Replay(folder / "replay", replay_fields(space, action_size), config.capacity)
     rng, log = np.random.default_rng(config.seed), Log(folder)
     steps, updates = restore(folder, agent, replay, rng) if config.resume else (0, 0)
+    batches = Batches(replay, config, rng, agent.device)
 
     bar = tqdm(total=config.steps, initial=steps, unit="step", smoothing=0.05)
     while steps < config.steps:
@@ -448,6 +496,8 @@ def main(config):
         done = ~first
         replay.begin(config.num_envs)
         while True:
+            if done.any():
+                batches.settle()
             for episode in replay.record({**observation, "action": action, "reward": reward}, done):
                 log.write(steps, {"train_return": float(episode["reward"].sum())})
             if steps >= stop and done.any():
@@ -458,7 +508,7 @@ def main(config):
             else:
                 action, memory = act(agent, memory, observation, first, explore=True)
             envs.step_async(action)
-            updates = learn(agent, replay, config, rng, log, steps, updates)  # environments step meanwhile
+            updates = learn(agent, batches, config, log, steps, updates)  # environments step meanwhile
             observation, reward, terminated, truncated, _ = envs.step_wait()
 
             first, done = done, terminated | truncated  # the step after the last one is a reset,
@@ -468,6 +518,7 @@ def main(config):
             bar.set_postfix({name: log.latest[name] for name in shown if name in log.latest}, refresh=False)
             bar.update(steps - bar.n)
 
+        batches.drop()
         returns, seen = run_episodes(agent, eval_envs, config.seed)
         log.write(steps, {"updates": updates, "eval_return": returns.mean(), "eval_std": returns.std()})
         tqdm.write(f"step {steps}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")

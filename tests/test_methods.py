@@ -162,19 +162,47 @@ def test_bfloat16_is_for_gpus_unless_asked_for():
     assert not tiny_agent(precision="auto").bfloat16 and tiny_agent(precision="bfloat16").bfloat16
 
 
-def test_a_training_batch_is_what_update_reads(tmp_path):
+def small_replay(folder, rows=20):
+    """A space, and a replay of one episode whose reward counts the rows."""
     from gymnasium import spaces
 
     import replay
 
     space = {"touch": spaces.Box(0, 1, (2,), np.float32), "present": spaces.MultiBinary(1)}
     fields = train.replay_fields(space, 2)
-    memory = replay.Replay(tmp_path, fields, 50)
-    memory.add({key: np.ones((20, *shape), dtype) for key, (shape, dtype) in fields.items()})
-    batch = train.training_batch(memory, tiny_config(batch_size=3, batch_length=7), np.random.default_rng(0), "cpu")
+    memory = replay.Replay(folder, fields, 50)
+    memory.add({key: np.ones((rows, *shape), dtype) for key, (shape, dtype) in fields.items()} | {"reward": np.arange(rows)})
+    return memory
+
+
+def test_a_training_batch_is_what_update_reads(tmp_path):
+    config = tiny_config(batch_size=3, batch_length=7)
+    batch = train.Batches(small_replay(tmp_path), config, np.random.default_rng(0), torch.device("cpu")).next()
     assert batch["observation"]["touch"].shape == (7, 3, 2) and list(batch["observation"]) == ["touch"]
     assert batch["present"].shape == (7, 3, 1)
     assert batch["action"].shape == (7, 3, 2) and batch["reward"].shape == (7, 3)
+    assert (batch["reward"].diff(dim=0) == 1).all()
+
+
+def test_batches_drawn_ahead_are_those_that_the_replay_would_draw(tmp_path):
+    memory, config = small_replay(tmp_path), tiny_config(batch_size=3, batch_length=7)
+    batches, rng = train.Batches(memory, config, np.random.default_rng(0), torch.device("cpu")), np.random.default_rng(0)
+    for _ in range(3):
+        np.testing.assert_array_equal(batches.next()["reward"], memory.sample(3, 7, rng)["reward"])
+    batches.drop()  # a checkpoint: the run goes on, or is resumed, with the generator as it is then
+    memory.sample(3, 7, rng)
+    assert batches.rng.bit_generator.state == rng.bit_generator.state
+    np.testing.assert_array_equal(batches.next()["reward"], memory.sample(3, 7, rng)["reward"])
+
+
+def test_rows_are_overwritten_only_after_they_were_read(tmp_path):
+    """The loop settles before it adds an episode: the batch drawn before holds the old rows."""
+    memory = small_replay(tmp_path, rows=50)
+    batches = train.Batches(memory, tiny_config(batch_size=30, batch_length=7), np.random.default_rng(0), torch.device("cpu"))
+    batches.next()
+    batches.settle()
+    memory.add({key: np.zeros((50, *c.shape), c.dtype) for key, c in memory.columns.items()})
+    assert (batches.next()["reward"].diff(dim=0) == 1).all() and (batches.next()["reward"] == 0).all()
 
 
 def top_level_shapes(method):
