@@ -20,6 +20,7 @@ Shapes: T steps, B sequences, M modalities, A action size, D_x features of one e
     reward = model.reward(latent)                                             # (T, B)
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -79,11 +80,11 @@ def sample(mean, std):
     return mean + std * torch.randn_like(std)
 
 
-def mlp(sizes, activation, output_activation=False):
+def mlp(sizes, activation, output_activation=False, linear=nn.Linear):
     """Linear layers of the given sizes with `activation` between them (and, if asked, at the end)."""
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(size_in, size_out), activation()]
+        layers += [linear(size_in, size_out), activation()]
     return nn.Sequential(*(layers if output_activation else layers[:-1]))
 
 
@@ -92,13 +93,92 @@ def initialise(module):
     for name, parameter in module.named_parameters():
         if parameter.ndim < 2:
             nn.init.zeros_(parameter)
-        elif "weight_hh" in name:
+        elif "gru_h" in name:
             nn.init.orthogonal_(parameter)
         else:
             nn.init.xavier_uniform_(parameter)
 
 
-# ---- 2. Observations: encoders (Fig. 8, 9, 14, 15) and decoders (Fig. 16-18) ---------------------
+# ---- 2. Layers inside a recurrence ----------------------------------------------------------------
+
+
+class StepLinear(nn.Linear):
+    """nn.Linear for the inside of a loop over time, whose gradient is computed for all steps at once.
+
+    Plain autograd multiplies two small matrices a step for the gradient of the weight, and adds up the
+    results. Inside `with unrolled(model):` the layer remembers what went in and, on the way back, what
+    came back at each step; when the first step has been reached, one large product gives the same sum.
+    """
+
+    shared = None  # inside `unrolled`: weight, bias (in the autocast type) and the list of the steps
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) if self.shared is None else Step.apply(x, *self.shared)
+
+
+class Step(torch.autograd.Function):
+    """One step's F.linear(x, weight, bias), which leaves the parameters' gradients to `Shared`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, steps):
+        x = x.to(weight.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.steps = steps
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        ctx.steps.append((x, gradient))
+        return gradient @ weight, None, None, None
+
+
+class Shared(torch.autograd.Function):
+    """A layer's parameters as all steps see them. Its backward pass comes after that of every step."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, steps, dtype):
+        ctx.set_materialize_grads(False)
+        ctx.steps = steps
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        x, gradient = (torch.cat(side) for side in zip(*ctx.steps))  # (T * B, D)
+        return gradient.T @ x, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
+
+
+@contextmanager
+def unrolled(module):
+    """While it lasts, the module's `StepLinear`s belong to one loop over time; see there."""
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    layers = [] if plain else [m for m in module.modules() if isinstance(m, StepLinear)]
+    for layer in layers:
+        device, steps = layer.weight.device.type, []
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
+        layer.shared = (*Shared.apply(layer.weight, layer.bias, steps, dtype), steps)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shared = None
+
+
+def gru(from_x, from_h, h):
+    """The gated recurrent unit, from the projections of its input and of its state.
+
+    from_x, from_h  (..., 3 D_h)  of the reset gate, the update gate and the candidate
+    h, returns      (..., D_h)  in float32, whatever the autocast type
+    """
+    D_h = h.shape[-1]
+    x_gates, x_candidate = from_x.to(h.dtype).split([2 * D_h, D_h], -1)
+    h_gates, h_candidate = from_h.to(h.dtype).split([2 * D_h, D_h], -1)
+    reset, update = torch.sigmoid(x_gates + h_gates).chunk(2, -1)
+    candidate = torch.tanh(x_candidate + reset * h_candidate)
+    return torch.lerp(candidate, h, update)
+
+
+# ---- 3. Observations: encoders (Fig. 8, 9, 14, 15) and decoders (Fig. 16-18) ---------------------
 
 
 def normalise(x):
@@ -147,7 +227,7 @@ def vector_decoder(shape, channels, d_z):
     return mlp([d_z, 4 * channels, 4 * channels, shape[0]], nn.ReLU)
 
 
-# ---- 3. Fusion, Eq. (11) -------------------------------------------------------------------------
+# ---- 4. Fusion, Eq. (11) -------------------------------------------------------------------------
 
 
 def product_of_experts(mean, std, present, power=2):
@@ -164,7 +244,7 @@ def product_of_experts(mean, std, present, power=2):
     return (precision * mean).sum(0) / total, total.pow(-1 / power)
 
 
-# ---- 4. The model --------------------------------------------------------------------------------
+# ---- 5. The model --------------------------------------------------------------------------------
 
 
 class MSSM(nn.Module):
@@ -204,13 +284,13 @@ class MSSM(nn.Module):
         if fusion == "product":  # Fig. 10
             self.experts = nn.ModuleDict({name: mlp([d_x, d_x, 2 * d_f], nn.ReLU) for name in modalities})
         self.posterior_s_f = nn.Linear(d_code, hidden)  # Fig. 11: [s^f, h] -> 200, in two halves,
-        self.posterior_h = nn.Linear(d_h, hidden, bias=False)  # as only h waits for the recurrence
-        self.posterior_out = nn.Linear(hidden, 2 * d_c)
+        self.posterior_h = StepLinear(d_h, hidden, bias=False)  # as only h waits for the recurrence
+        self.posterior_out = StepLinear(hidden, 2 * d_c)
 
         # Transition, Eq. (9), and reward, Eq. (8)
-        self.transition_in = mlp([d_c + action_size, hidden], nn.ELU, output_activation=True)
-        self.transition_gru = nn.GRUCell(hidden, d_h)
-        self.prior_net = mlp([d_h, hidden, 2 * d_c], nn.ELU)  # Fig. 7
+        self.transition_in = StepLinear(d_c + action_size, hidden)
+        self.gru_x, self.gru_h = StepLinear(hidden, 3 * d_h), StepLinear(d_h, 3 * d_h)
+        self.prior_net = mlp([d_h, hidden, 2 * d_c], nn.ELU, linear=StepLinear)  # Fig. 7
         self.reward_net = mlp([d_z, units, units, 1], nn.ELU)
         if fused_prior:
             self.fused_prior_net = mlp([d_c, hidden, 2 * d_f], nn.ELU)
@@ -234,7 +314,8 @@ class MSSM(nn.Module):
 
     def transition(self, state, action):
         """Eq. (9): h_t = g(h_t-1, s^c_t-1, a_t-1). State of (..., D), action (N, A) -> (N, D_h)."""
-        return self.transition_gru(self.transition_in(torch.cat([state.s_c, action], -1)), state.h)
+        x = F.elu(self.transition_in(torch.cat([state.s_c, action], -1)))
+        return gru(self.gru_x(x), self.gru_h(state.h), state.h)
 
     def prior(self, h):
         """Eq. (9): p(s^c | h). (..., D_h) -> mean, std (..., D_c)."""
@@ -311,18 +392,16 @@ class MSSM(nn.Module):
         return Fused(s_f, observed, mean, std, expert_mean, expert_std)
 
     def posterior(self, from_s_f, observed, h):
-        """q(s^c | s^f, h) and p(s^c | h) at one step; the same where nothing is observed.
+        """Parameters of q(s^c | s^f, h) and of p(s^c | h) at one step; the same where nothing is observed.
 
         from_s_f  (B, hidden)  the half of the first layer that reads s^f
         observed  (B,)  False: the product is empty, and the posterior *is* the prior
         h         (B, D_h)
-        returns   mean, std, prior_mean, prior_std, each (B, D_c)
+        returns   posterior, prior, each (B, 2 D_c), to be read by `gaussian`
         """
-        mean, std = gaussian(self.posterior_out(F.elu(from_s_f + self.posterior_h(h))))
-        prior_mean, prior_std = self.prior(h)
-        observed = observed.unsqueeze(-1)
-        mean = torch.where(observed, mean, prior_mean)
-        return mean, torch.where(observed, std, prior_std), prior_mean, prior_std
+        prior = self.prior_net(h)
+        posterior = self.posterior_out(F.elu(from_s_f + self.posterior_h(h)))
+        return torch.where(observed.unsqueeze(-1), posterior, prior), prior
 
     def observe(self, observation, present, action, state=None):
         """Eq. (11): filter sequences of observations into posteriors over s^c.
@@ -335,20 +414,21 @@ class MSSM(nn.Module):
 
         Everything that does not depend on the recurrence is computed for all T at once.
         """
-        T, B = action.shape[:2]
         present = present.movedim(-1, 0).bool()  # (M, T, B)
         fused = self.fuse(self.encode(observation), present)
         from_s_f = self.posterior_s_f(fused.s_f)  # (T, B, hidden)
 
         if state is None:
-            state = self.initial_state(B, action.device)
+            state = self.initial_state(action.shape[1], action.device)
         steps = []
-        for t in range(T):
-            h = self.transition(state, action[t])
-            mean, std, *prior = self.posterior(from_s_f[t], fused.observed[t], h)
-            state = State(h, sample(mean, std))
-            steps.append((*state, mean, std, *prior))
-        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)
+        with unrolled(self):
+            for action_t, from_s_f_t, observed_t in zip(action, from_s_f, fused.observed):
+                h = self.transition(state, action_t)
+                posterior, prior = self.posterior(from_s_f_t, observed_t, h)
+                state = State(h, sample(*gaussian(posterior)))
+                steps.append((*state, posterior, prior))
+        h, s_c, posterior, prior = (torch.stack(x) for x in zip(*steps))
+        return Filtered(h, s_c, *gaussian(posterior), *gaussian(prior), fused, present)
 
 
 def check_modalities(modalities):

@@ -1,6 +1,7 @@
 """mssm.py: fusion against integrated densities, dynamics against their formulas, and what may depend on what."""
 
 import itertools
+import contextlib
 import math
 
 import pytest
@@ -113,16 +114,24 @@ def test_transition_is_a_gru_of_state_and_action():
     """Cho et al. (2014) with the reset gate after the product, as Keras and PyTorch have it; in float64."""
     model = tiny_model().double()
     h, s_c, action = (torch.randn(B, size, dtype=torch.float64) for size in (D_H, D_C, A))
-    linear, gru = model.transition_in[0], model.transition_gru
-    x = torch.cat([s_c, action], -1) @ linear.weight.T + linear.bias
+    for layer in (model.transition_in, model.gru_x, model.gru_h):
+        torch.nn.init.normal_(layer.bias)  # zero at first
+    linear, gru_x, gru_h = ((layer.weight, layer.bias) for layer in (model.transition_in, model.gru_x, model.gru_h))
+    x = torch.cat([s_c, action], -1) @ linear[0].T + linear[1]
     x = torch.where(x > 0, x, x.exp() - 1)
-    for parameter in (gru.bias_ih, gru.bias_hh):  # zero at first
-        torch.nn.init.normal_(parameter)
-    gates_x = (x @ gru.weight_ih.T + gru.bias_ih).split(D_H, -1)
-    gates_h = (h @ gru.weight_hh.T + gru.bias_hh).split(D_H, -1)
+    gates_x = (x @ gru_x[0].T + gru_x[1]).split(D_H, -1)
+    gates_h = (h @ gru_h[0].T + gru_h[1]).split(D_H, -1)
     reset, update = (1 / (1 + (-a - b).exp()) for a, b in zip(gates_x[:2], gates_h[:2]))
     candidate = torch.tanh(gates_x[2] + reset * gates_h[2])
     close(model.transition(mssm.State(h, s_c), action), update * h + (1 - update) * candidate, 1e-12)
+
+
+@pytest.mark.eq(9)
+def test_the_recurrent_unit_is_that_of_torch():
+    cell, x, h = torch.nn.GRUCell(A, D_H), torch.randn(B, A), torch.randn(B, D_H)
+    from_x = x @ cell.weight_ih.T + cell.bias_ih
+    from_h = h @ cell.weight_hh.T + cell.bias_hh
+    close(mssm.gru(from_x, from_h, h), cell(x, h), 1e-6)
 
 
 @pytest.mark.eq(4, 9)
@@ -217,7 +226,8 @@ def test_posterior_is_one_layer_of_the_code_and_h_together():
     """Computed in two halves; Fig. 11 has [s^f, h] -> Linear, ELU -> Linear."""
     model = tiny_model()
     s_f, h = torch.randn(B, D_F), torch.randn(B, D_H)
-    mean, std, *_ = model.posterior(model.posterior_s_f(s_f), torch.ones(B).bool(), h)
+    posterior, _ = model.posterior(model.posterior_s_f(s_f), torch.ones(B).bool(), h)
+    mean, std = mssm.gaussian(posterior)
     weight = torch.cat([model.posterior_s_f.weight, model.posterior_h.weight], -1)
     hidden = torch.nn.functional.elu(torch.cat([s_f, h], -1) @ weight.T + model.posterior_s_f.bias)
     out = hidden @ model.posterior_out.weight.T + model.posterior_out.bias
@@ -321,6 +331,32 @@ def test_where_imagination_starts_carries_no_gradient():
     assert torch.equal(state.h, filtered.h.flatten(0, 1)) and torch.equal(state.s_c, filtered.s_c.flatten(0, 1))
 
 
+def gradients(model, batch):
+    """Of all parameters, of a loss that every output of two filterings has a part in."""
+    torch.manual_seed(0)
+    first, second = (observe(model, batch) for _ in range(2))  # both before the way back
+    loss = sum((x.cos() * torch.linspace(0, 1, x.numel()).view_as(x)).sum() for f in (first, second) for x in f[:6])
+    return torch.autograd.grad(loss, [p for name, p in model.named_parameters() if not name.startswith(("reward", "code"))])
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_gradient_for_all_steps_at_once_is_the_sum_over_the_steps(monkeypatch, bfloat16):
+    model, batch = tiny_model(), random_batch(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        at_once = gradients(model, batch)
+        monkeypatch.setattr(mssm, "unrolled", lambda module: contextlib.nullcontext())
+        summed = gradients(model, batch)
+    for actual, expected in zip(at_once, summed):
+        assert expected.abs().max() > 0
+        close(actual / expected.abs().max(), expected / expected.abs().max(), 2e-2 if bfloat16 else 1e-5)
+
+
+def test_a_layer_is_plain_again_after_the_recurrence():
+    model = tiny_model()
+    observe(model, random_batch(5))
+    assert all(layer.shared is None for layer in model.modules() if isinstance(layer, mssm.StepLinear))
+
+
 # ---- 4. Sizes, errors, compilation ---------------------------------------------------------------
 
 
@@ -328,7 +364,7 @@ def test_the_paper_size_model_has_the_released_parameter_counts():
     model = mssm.MSSM(MODALITIES, action_size=2)
     assert [count(net) for net in model.encoders.values()] == [690_144, 689_120, 165_504]
     assert [count(net) for net in model.experts.values()] == [3_148_800] * 3
-    rssm = (model.transition_in, model.transition_gru, model.prior_net,
+    rssm = (model.transition_in, model.gru_x, model.gru_h, model.prior_net,
             model.posterior_s_f, model.posterior_h, model.posterior_out)  # fmt: skip
     assert sum(count(net) for net in rssm) == 557_120
     assert (count(model.code), count(model.reward_net)) == (236_544, 253_201)
@@ -370,7 +406,7 @@ def test_initial_parameters_are_keras():
     """Zero biases, Glorot uniform kernels, an orthogonal recurrent kernel."""
     model = tiny_model()
     assert all((p == 0).all() for p in model.parameters() if p.ndim == 1)
-    recurrent = model.transition_gru.weight_hh
+    recurrent = model.gru_h.weight
     close((recurrent.T @ recurrent).detach(), torch.eye(D_H))
     linear = model.experts["rgb"][0].weight
     assert linear.abs().max().item() == pytest.approx(math.sqrt(6 / sum(linear.shape)), rel=0.01)
@@ -416,6 +452,6 @@ def test_gaussians_are_in_float32_under_autocast():
     model, batch = tiny_model(), random_batch()
     with torch.autocast("cpu", torch.bfloat16):
         filtered = observe(model, batch)
-        fields = [filtered.mean, filtered.std, filtered.s_c, filtered.prior_mean, filtered.fused.s_f,
+        fields = [filtered.h, filtered.mean, filtered.std, filtered.s_c, filtered.prior_mean, filtered.fused.s_f,
                   filtered.fused.expert_std, model.reward(model.latent(filtered.h, filtered.s_c))]  # fmt: skip
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in fields)
