@@ -18,13 +18,14 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from train import Config, fail, load_checkpoint, make_agent, run_episodes, seeds, to_device, write_video  # isort: skip (before torch, whose threads it quiets)
+from train import Config, fail, make_agent, run_episodes, seeds, to_device  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch
 import tyro
 
 import envs as environments
+from runs import load_checkpoint, write_video
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 PAPER = Path(__file__).parent / "results" / "paper.json"
