@@ -16,9 +16,12 @@ The spaces say all that a consumer needs: three axes of uint8 are a colour image
 of float a depth image in metres, one axis a vector.
 """
 
+import ctypes
 import itertools
+import multiprocessing
 import os
 import pickle
+import signal
 import sys
 from collections import OrderedDict
 from functools import partial
@@ -28,6 +31,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, MultiBinary
 from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector.async_vector_env import _async_worker
 
 SIZE = 64  # pixels, height and width of every image
 IMAGE = Box(0, 255, (SIZE, SIZE, 3), np.uint8)
@@ -527,6 +531,71 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
     return MultiModalEnv(world, seed, draw_missing, np.array([m in remove for m in world.spaces]))
 
 
+class WorkerError(RuntimeError):
+    """A worker process died, hung, or its environment failed."""
+
+
+class Workers(AsyncVectorEnv):
+    """Environments in worker processes that leave signals to the main process and end with it.
+
+    Raises WorkerError where a worker has died, at once, or has not answered for `TIMEOUT` seconds.
+    """
+
+    TIMEOUT = 120
+
+    def __init__(self, makers, context):
+        self.ask(super().__init__, makers, context=context, worker=work)
+
+    def ask(self, method, *args, **kwargs):
+        """A method of AsyncVectorEnv; what goes wrong with a worker is told as WorkerError."""
+        try:
+            return method(*args, **kwargs)
+        except multiprocessing.TimeoutError as error:
+            raise WorkerError(f"an environment's process has not answered for {self.TIMEOUT} s") from error
+        except (EOFError, ConnectionError) as error:
+            codes = [process.exitcode for process in self.processes if process.exitcode is not None]
+            raise WorkerError(f"an environment's process has died, exit code {codes}: was it killed, "
+                              "or is memory short?") from error  # fmt: skip
+
+    def reset_async(self, *args, **kwargs):
+        return self.ask(super().reset_async, *args, **kwargs)
+
+    def reset_wait(self):
+        return self.ask(super().reset_wait, self.TIMEOUT)
+
+    def step_async(self, actions):
+        return self.ask(super().step_async, actions)
+
+    def step_wait(self):
+        return self.ask(super().step_wait, self.TIMEOUT)
+
+    def _raise_if_errors(self, successes):
+        """What an environment raised, as WorkerError; its traceback is printed if it may be a bug."""
+        if not all(successes):
+            _, kind, value, trace = self.error_queue.get()
+            if kind is not ValueError:
+                print(trace, file=sys.stderr)
+            raise WorkerError(f"an environment failed: {value}")
+
+    def close_extras(self, **kwargs):
+        """Ends the workers, whatever they are doing: they hold nothing that needs saving."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for pipe in self.parent_pipes:
+            pipe.close()
+
+
+def work(*args):
+    """Gymnasium's worker. A signal to the process group, like Ctrl-C, must not end it under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
+    _async_worker(*args)
+
+
 def make_vector_env(task, num_envs, seed=0, **kwargs):
     """Environments in worker processes, seeded apart; kwargs as of `make_env`.
 
@@ -536,8 +605,7 @@ def make_vector_env(task, num_envs, seed=0, **kwargs):
     seeds = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64).tolist()
     makers = [partial(make_env, task, seed=s, **kwargs) for s in seeds]
     # A fork of a process in which OpenGL is open would hang at its first picture.
-    context = "spawn" if "mujoco" in sys.modules else None
-    return AsyncVectorEnv(makers, context=context)
+    return Workers(makers, context="spawn" if "mujoco" in sys.modules else None)
 
 
 if __name__ == "__main__":

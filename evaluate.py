@@ -18,17 +18,18 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from train import Config, fail, load_checkpoint, make_agent, run_episodes, seeds, to_device, write_video  # isort: skip (before torch, whose threads it quiets)
+from train import fail, make_agent, make_config, run_episodes, seeds, to_device  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch
 import tyro
 
 import envs as environments
+from runs import load_checkpoint, write_video
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 PAPER = Path(__file__).parent / "results" / "paper.json"
-MAY_DIFFER = {"task", "method", "seed", "name", "resume", "device", "num_envs", "log_every", "eval_every"}
+MAY_DIFFER = set("task method seed name resume device deterministic num_envs log_every eval_every".split())
 
 
 @dataclass
@@ -240,7 +241,7 @@ def main(options):
     if options.sensors not in ("", "all"):
         raise ValueError(f"--sensors {options.sensors} is unknown: give all, or leave it out")
     checkpoints = {folder: load_checkpoint(folder) for folder in options.runs}
-    configs = {folder: Config(**state["config"]) for folder, state in checkpoints.items()}
+    configs = {folder: make_config(state["config"], folder) for folder, state in checkpoints.items()}
     check_comparable(configs)
 
     records = []
@@ -273,5 +274,5 @@ def main(options):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
+    except (Exception, KeyboardInterrupt) as error:
         fail("evaluate.py", error)

@@ -2,6 +2,8 @@
 
 One array a key and one row a step, in `<folder>/<key>.npy`: sparse files that grow with what was
 written and need no more resident memory than the page cache. A ring: the oldest episodes make room.
+With `spare` rows they stay on disk until as many rows were written after them, so that a run can go
+back to a checkpoint.
 
 Row t of an episode holds the observation at t, the action that led to it and the reward that came
 with it; row 0 is the reset, with a zero action and reward.
@@ -13,6 +15,7 @@ Shapes: T steps, B sequences, L rows of one episode. Time first.
     batch = replay.sample(50, 50, np.random.default_rng(0))  # {"rgb": (T, B, 64, 64, 3), ...}
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -25,20 +28,35 @@ class Column:
     Rows are read from the file and written to it, not through a memory map of it: a map costs a page
     fault for every 4 kB that is touched for the first time, and its process is killed if the disk is full.
 
-    Raises ValueError where the file holds another shape or type.
+    rows  that the file is made for; one that exists may hold more
+    Raises ValueError where the file holds another shape or type, fewer rows, or is damaged.
     """
 
-    def __init__(self, path, shape, dtype):
-        array = np.lib.format.open_memmap(path, "r+" if path.exists() else "w+", dtype=dtype, shape=shape)
-        if array.shape != shape or array.dtype != dtype:
-            raise ValueError(f"{path} holds {array.shape} {array.dtype}, not {shape} {dtype}: use another folder")
-        self.shape, self.dtype, self.header = shape[1:], array.dtype, array.offset
-        self.row_size = array.nbytes // shape[0]  # bytes
+    def __init__(self, path, rows, shape, dtype):
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        if not path.exists():
+            fresh = path.with_suffix(".tmp")
+            np.lib.format.open_memmap(fresh, "w+", dtype=dtype, shape=(rows, *shape))
+            os.replace(fresh, path)  # never a file without its header
         self.file = open(path, "r+b", buffering=0)
+        try:
+            np.lib.format.read_magic(self.file)
+            found, _, found_dtype = np.lib.format.read_array_header_1_0(self.file)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if not found or found[0] < rows or found[1:] != self.shape or found_dtype != self.dtype:
+            wanted = f"{(rows, *shape)} {self.dtype}"
+            raise ValueError(f"{path} holds {found} {found_dtype}, not {wanted}: use another folder")
+        self.rows, self.header = found[0], self.file.tell()
+        self.row_size = math.prod(shape) * self.dtype.itemsize  # bytes
+        size, needed = path.stat().st_size, self.header + self.rows * self.row_size
+        if size < needed:
+            raise ValueError(f"{path} is truncated to {size:,} of {needed:,} bytes: put back a copy of the folder")
 
     def read(self, first, out):
         """Fill `out` (L, ...), which is contiguous, with the rows from `first` on."""
-        os.preadv(self.file.fileno(), [out], self.header + first * self.row_size)
+        if os.preadv(self.file.fileno(), [out], self.header + first * self.row_size) != out.nbytes:
+            raise OSError(f"{self.file.name} became shorter, or its disk fails")
 
     def write(self, first, rows):
         """Put rows (L, ...) at `first` and behind it. Raises OSError if the disk is full."""
@@ -52,33 +70,45 @@ class Replay:
     """A ring of `capacity` rows in `folder`; an existing folder is continued, not overwritten.
 
     fields    {key: (shape, dtype)} of one row
-    Raises ValueError where the folder holds arrays of another shape or type.
+    spare     rows that stay readable after they made room; an existing folder keeps its own number
+    Raises ValueError where the folder holds arrays of another shape or type, or damaged ones.
     """
 
-    def __init__(self, folder, fields, capacity):
+    def __init__(self, folder, fields, capacity, spare=0):
         self.capacity, self.cursor = capacity, 0
         self.episodes = []  # (first row, number of rows, serial), oldest first
         self.open = []  # rows of the episodes under way, a list an environment
         self.count = 0  # episodes ever added
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.columns = {
-            key: Column(Path(folder) / f"{key}.npy", (capacity, *shape), dtype) for key, (shape, dtype) in fields.items()
-        }
         # Which episode a row was written for, counted from 1: tells rows that were overwritten.
-        self.serial = Column(Path(folder) / "serial.npy", (capacity,), "int64")
+        fields = {**fields, "serial": ((), "int64")}
+        paths = {key: Path(folder) / f"{key}.npy" for key in fields}
+        missing = [path for path in paths.values() if not path.exists()]
+        if missing and paths["serial"].exists():  # the last that is made
+            raise ValueError(f"{missing[0]} is missing: put back a copy of the folder")
+        new = capacity + spare if missing else capacity
+        self.columns = {key: Column(paths[key], new, shape, dtype) for key, (shape, dtype) in fields.items()}
+        self.rows = min(column.rows for column in self.columns.values())
+        self.serial = self.columns.pop("serial")
 
     def __len__(self):
         """Rows that can be drawn from."""
         return sum(rows for _, rows, _ in self.episodes)
 
     def add(self, episode):
-        """Append one episode, {key: (L, ...)}. Raises ValueError if L is more than the capacity."""
+        """Append one episode, {key: (L, ...)}. Raises ValueError if L is more than the capacity.
+
+        Raises OSError if the disk is full; the replay does not hold the episode then.
+        """
         rows = len(next(iter(episode.values())))
         if rows > self.capacity:
             raise ValueError(f"an episode of {rows} steps does not fit a replay of {self.capacity}: enlarge it")
-        first = self.cursor if self.cursor + rows <= self.capacity else 0
+        first = self.cursor if self.cursor + rows <= self.rows else 0
         end = first + rows
-        self.episodes = [e for e in self.episodes if e[0] + e[1] <= first or e[0] >= end]  # make room
+        # Make room: forget what is overwritten now, and the oldest until the new one fits the capacity.
+        self.episodes = [e for e in self.episodes if e[0] + e[1] <= first or e[0] >= end]
+        while len(self) + rows > self.capacity:
+            self.episodes.pop(0)
         self.count += 1
         self.serial.write(first, np.full(rows, self.count))
         for key, column in self.columns.items():
@@ -105,6 +135,13 @@ class Replay:
                 self.add(finished[-1])
                 self.open[i] = []
         return finished
+
+    def cut(self, shortest):
+        """End the episodes under way here; those of at least `shortest` rows join the replay."""
+        for rows in self.open:
+            if len(rows) >= shortest:
+                self.add({key: np.stack([row[key] for row in rows]) for key in rows[0]})
+        self.open = []
 
     def sample(self, batch_size, length, rng):
         """Sequences of consecutive rows, drawn uniformly from all that lie inside one episode.
@@ -140,14 +177,18 @@ class Replay:
         return {"cursor": self.cursor, "count": self.count, "episodes": [list(e) for e in self.episodes]}
 
     def load_state_dict(self, state):
-        """Go back to a saved state: what was written after it is forgotten, and what that overwrote."""
-        self.cursor, self.count = state["cursor"], state["count"]
-        serials = np.empty(self.capacity, np.int64)
+        """Go back to a saved state: what was written after it is forgotten, and what that overwrote.
+
+        returns  the number of episodes that were overwritten
+        """
+        self.cursor, self.count, self.open = state["cursor"], state["count"], []
+        serials = np.empty(self.rows, np.int64)
         self.serial.read(0, serials)
         self.episodes = [
             (start, rows, serial) for start, rows, serial in state["episodes"]
-            if (serials[start : start + rows] == serial).all()
+            if np.array_equal(serials[start : start + rows], np.full(rows, serial))
         ]  # fmt: skip
+        return len(state["episodes"]) - len(self.episodes)
 
     def flush(self):
         """Write what the page cache holds to disk."""

@@ -5,7 +5,8 @@ sequences drawn from the replay. Everything a run leaves is in its folder, `runs
 
     config.json      what `--help` lists
     metrics.jsonl    a line every `log_every` updates and every evaluation (also for TensorBoard)
-    checkpoint.pt    after every evaluation; `--resume runs/<name>` goes on from there
+    checkpoint.pt    after every evaluation and at SIGTERM or Ctrl-C; `--resume runs/<name>` goes on
+                     from there; checkpoint.previous.pt is the one before
     replay/          the collected episodes
     video-*.mp4      what the agent saw in an evaluation episode
 
@@ -18,11 +19,12 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +39,12 @@ from tqdm import tqdm
 
 import envs as environments
 from agent import Agent
+from envs import WorkerError
 from methods import METHODS
 from mssm import MSSM
 from replay import Replay
+from runs import (Log, Progress, StopSignals, Stopped, create_folder, fail, restore, save_checkpoint,
+                  write_config, write_video)  # fmt: skip
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
 
@@ -55,6 +60,7 @@ class Config:
     resume: str = ""  # folder of a run to go on with; its configuration is used
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto (bfloat16 on a GPU), float32 or bfloat16.  Dev. D14
+    deterministic: bool = False  # only algorithms that give the same bits every time; slower on a GPU
 
     # Environments, section V
     num_envs: int = 8  # stepping side by side in worker processes
@@ -118,10 +124,15 @@ TOY = dict(
 )  # fmt: skip
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY}
 
-POSITIVE = ("num_envs steps capacity log_every eval_every eval_episodes d_h d_c d_f hidden units channels "
-            "batch_size batch_length horizon clip initial_std").split()  # fmt: skip
-NOT_NEGATIVE = "seed prefill first_updates updates_per_1000 exploration mpc_iterations fused_kl_scale".split()
-MAY_CHANGE = ("resume", "device", "steps", "log_every", "eval_every")  # when a run is resumed
+LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail for want of memory or disk
+    **dict.fromkeys("d_h d_c d_f hidden units channels batch_size batch_length".split(), 2**16),
+    **dict.fromkeys("num_envs eval_episodes horizon".split(), 2**10),
+    **dict.fromkeys("steps capacity log_every eval_every".split(), 10**10),
+}
+POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
+NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 exploration mpc_rate mpc_iterations fused_kl_scale "
+                "touch_weight reward_weight free_nats").split()  # fmt: skip
+MAY_CHANGE = ("resume", "device", "deterministic", "steps", "log_every", "eval_every")  # when a run is resumed
 
 
 def parse(arguments=None):
@@ -152,9 +163,30 @@ def parse(arguments=None):
 def load_config(folder):
     """The configuration of a run. Raises ValueError if the folder holds none."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder} is not the folder of a run: {path} is missing; give one like runs/toy-mummi-1")
-    return Config(**json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{folder} is not the folder of a run: {path} is missing or unreadable; give one like "
+                         "runs/toy-mummi-1") from error  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return make_config(values, path)
+
+
+def make_config(values, source):
+    """A configuration from a dictionary that may be anyone's. Raises ValueError, naming the source."""
+    kinds = {field.name: field.type for field in fields(Config)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds no configuration")
+    unknown = [name for name in values if name not in kinds]
+    if unknown:
+        raise ValueError(f"{source} has {unknown[0]!r}, which this version does not know: use the one that wrote it")
+    for name, value in values.items():
+        if kinds[name] is float and (type(value) in (int, float) or value in ("inf", "-inf", "nan")):
+            values = values | {name: float(value)}
+        elif type(value) is not kinds[name]:
+            raise ValueError(f"{source} has {name} {value!r}, which is no {kinds[name].__name__}")
+    return Config(**values)
 
 
 def check(config):
@@ -163,18 +195,32 @@ def check(config):
     def refuse(name, allowed):
         raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give {allowed}")
 
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is float and field.name != "absent_logit" and not math.isfinite(value):
+            refuse(field.name, "a number")
+    for name, largest in LARGEST.items():
+        if not 1 <= getattr(config, name) <= largest:
+            refuse(name, f"1 to {largest}")
     for name in POSITIVE:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:
             refuse(name, "more than 0")
     for name in NOT_NEGATIVE:
-        if getattr(config, name) < 0:
+        if not 0 <= getattr(config, name) < 2**63:
             refuse(name, "0 or more")
+    for name in ("discount", "return_lambda"):
+        if not 0 <= getattr(config, name) <= 1:
+            refuse(name, "0 to 1")
+    if not config.absent_logit < math.inf:
+        refuse("absent_logit", "a number or -inf")
     for name, choices in {
         "task": list(environments.TASKS), "method": list(METHODS), "device": ["auto", "cpu", "cuda"],
-        "precision": ["auto", "float32", "bfloat16"],
+        "precision": ["auto", "float32", "bfloat16"], "expert_power": [1, 2],
     }.items():  # fmt: skip
         if getattr(config, name) not in choices:
-            refuse(name, "one of " + ", ".join(choices))
+            refuse(name, "one of " + ", ".join(map(str, choices)))
+    if not re.fullmatch(r"[\w.+-]{0,100}", config.name) or config.name.startswith("."):
+        refuse("name", "at most 100 letters, digits, and _ . + -")
     env = environments.make_env(config.task, **sensing(config))  # raises ValueError for what else there is to sense
     if config.batch_length > env.episode_steps + 1:
         refuse("batch_length", f"at most {env.episode_steps + 1}, an episode of {config.task}")
@@ -183,9 +229,7 @@ def check(config):
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU: leave --device out, or give cpu")
     folder = run_folder(config)
-    if config.resume:
-        checkpoint_path(folder)
-    elif folder.exists():
+    if not config.resume and folder.exists():
         raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}")
 
 
@@ -208,6 +252,9 @@ BEHAVIOUR = ("units horizon discount return_lambda initial_std model_lr actor_lr
 
 def make_agent(config, observation_space, action_size):
     """The agent of a configuration, on its device. Seeds torch."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
+    torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     fusion, heads, objective = METHODS[config.method]
     modalities = {name: space.shape for name, space in observation_space.items() if name != "present"}
@@ -312,9 +359,10 @@ def seeds(*numbers, count):
     return [int(seed) for seed in np.random.SeedSequence(numbers).generate_state(count)]
 
 
-def run_episodes(agent, envs, seed):
+def run_episodes(agent, envs, seed, check=lambda: None):
     """One episode in each environment, without exploration or learning.
 
+    check    called at every step: it may raise
     returns  returns (num_envs,), and what the agents saw, one dictionary of (num_envs, ...) a step
     """
     observation, _ = envs.reset(seed=seeds(seed, count=envs.num_envs))
@@ -322,6 +370,7 @@ def run_episodes(agent, envs, seed):
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     seen = []
     while running.any():
+        check()
         seen.append(observation)
         action, memory = act(agent, memory, observation, first, explore=False)
         observation, reward, terminated, truncated, _ = envs.step(action)
@@ -331,116 +380,7 @@ def run_episodes(agent, envs, seed):
     return total, seen
 
 
-# ---- 4. What a run leaves ------------------------------------------------------------------------
-
-
-class Log:
-    """metrics.jsonl and TensorBoard."""
-
-    def __init__(self, folder):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.file = open(folder / "metrics.jsonl", "a", buffering=1)
-        self.board = SummaryWriter(folder)
-        self.pending = defaultdict(list)
-        self.latest = {}  # the last value of everything that was written
-
-    def add(self, metrics):
-        """Keep {name: ()} for the next `means`, without waiting for the GPU."""
-        for name, value in metrics.items():
-            self.pending[name].append(value)
-
-    def means(self):
-        """{name: float}, the means of all that was added since the last call."""
-        means = {name: float(torch.stack(values).mean()) for name, values in self.pending.items()}
-        self.pending.clear()
-        return means
-
-    def write(self, steps, values):
-        """One line of {name: float} at an environment step."""
-        self.file.write(json.dumps({"steps": steps, **values}) + "\n")
-        self.latest.update(values)
-        for name, value in values.items():
-            self.board.add_scalar(name, value, steps)
-
-
-def save_checkpoint(folder, agent, replay, rng, config, steps, updates):
-    """Everything that `--resume` and `evaluate.py` need, written beside the old one and then renamed."""
-    state = {
-        "config": asdict(replace(config, resume="")), "steps": steps, "updates": updates, "agent": agent.state_dict(),
-        "replay": replay.state_dict(), "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
-    }  # fmt: skip
-    replay.flush()
-    with open(folder / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-
-
-def restore(folder, agent, replay, rng):
-    """Take up a run at its checkpoint. Returns the environment steps and updates it had done."""
-    state = load_checkpoint(folder)
-    agent.load_state_dict(state["agent"])
-    replay.load_state_dict(state["replay"])
-    rng.bit_generator.state = state["rng"]
-    torch.set_rng_state(state["torch_rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return state["steps"], state["updates"]
-
-
-def checkpoint_path(folder):
-    """Where a run's checkpoint is. Raises ValueError if there is none."""
-    path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: give the folder of a run that has reached its first evaluation")
-    return path
-
-
-def load_checkpoint(folder):
-    """The dictionary of `save_checkpoint`, on the CPU. Raises ValueError if there is none."""
-    return torch.load(checkpoint_path(folder), map_location="cpu", weights_only=True)
-
-
-def panel(name, x, present):
-    """One modality as a picture (64, 64, 3) uint8: colour, depth in grey, a vector as bars, or a cross."""
-    if not present:
-        cross = np.eye(64, dtype=bool) | np.eye(64, dtype=bool)[::-1]
-        return np.repeat(np.where(cross, 90, 0).astype(np.uint8)[..., None], 3, axis=-1)
-    if x.dtype == np.uint8:
-        return x
-    if x.ndim == 3:  # metres: near is white, nothing within 10 m black
-        grey = (255 * (1 - x / 10)).astype(np.uint8)
-        return np.repeat(grey, 3, axis=-1)
-    bars = np.full((64, 64, 3), 30, np.uint8)
-    for i, value in enumerate(x / 8 if name == "touch" else x):  # touch: 8 is 3,000 newtons
-        left, right = 64 * i // len(x) + 2, 64 * (i + 1) // len(x) - 2
-        bars[63 - int(63 * np.clip(value, 0, 1)) :, left:right] = (90, 200, 120)
-    return bars
-
-
-def write_video(path, seen, fps=20):
-    """What the first of the agents saw, one panel a modality, crossed out where missing, as an MP4.
-
-    seen  one dictionary of (num_envs, ...) a step, from `run_episodes`
-    """
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = None
-        for observation in seen:
-            names = [name for name in observation if name != "present"]
-            panels = [panel(name, observation[name][0], observation["present"][0, m]) for m, name in enumerate(names)]
-            picture = np.concatenate(panels, 1).repeat(4, 0).repeat(4, 1)
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
-                stream.height, stream.width = picture.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode())
-
-
-# ---- 5. The loop ---------------------------------------------------------------------------------
+# ---- 4. The loop ---------------------------------------------------------------------------------
 
 
 def keep_freed_memory():
@@ -451,91 +391,109 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def learn(agent, batches, config, log, steps, updates):
-    """All updates that are due after so many environment steps. Returns their number so far."""
-    while len(batches.replay) and updates < updates_due(config, steps):
+def spare_rows(config, envs):
+    """How many rows the replay keeps beyond its capacity: those written in the time of two checkpoints."""
+    length, repeat = envs.get_attr("episode_steps")[0], envs.get_attr("action_repeat")[0]
+    episodes = config.eval_every // (repeat * length) + 2 * config.num_envs
+    return min(2 * episodes * (length + 1), config.capacity)
+
+
+def learn(agent, batches, config, log, progress, check):
+    """All updates that are due after so many environment steps."""
+    while len(batches.replay) and progress.updates < updates_due(config, progress.steps):
         started = time.perf_counter()
-        log.add(agent.update(batches.next()))
-        updates += 1
-        if updates == 2 and agent.device.type == "cpu":
+        batch = batches.next()
+        log.add(agent.update(batch), batch)
+        progress.updates += 1
+        if progress.updates == 2 and agent.device.type == "cpu":
             seconds = time.perf_counter() - started
             hours = updates_due(config, config.steps) * seconds / 3600
             tqdm.write(f"no GPU: an update takes {seconds:.2f} s on this CPU, all of them about {hours:.1f} hours")
-        if updates % config.log_every == 0:
-            log.write(steps, {"updates": updates, **log.means()})
-    return updates
+        if progress.updates % config.log_every == 0:
+            log.write(progress.steps, {"updates": progress.updates, **log.means()})
+        check()
+
+
+def collect(config, agent, envs, batches, log, progress, until, check):
+    """Whole episodes until environment step `until`, and the updates that are due meanwhile.
+
+    check    called after every decision and update: it may raise; progress and replay are up to date then
+    """
+    if progress.steps >= until:  # the run was stopped in the midst of the evaluation
+        return
+    replay, repeat = batches.replay, envs.get_attr("action_repeat")[0]
+    # Seeds depend on the step, so that a resumed run draws the episodes that it would have drawn uninterrupted.
+    observation, _ = envs.reset(seed=seeds(config.seed, progress.steps, count=config.num_envs))
+    memory, first = agent.initial_memory(config.num_envs), np.ones(config.num_envs, bool)
+    action, reward = np.zeros(envs.action_space.shape, np.float32), np.zeros(config.num_envs)
+    done = ~first
+    replay.begin(config.num_envs)
+    while True:
+        if done.any():
+            batches.settle()
+        for episode in replay.record({**observation, "action": action, "reward": reward}, done):
+            log.write(progress.steps, {"train_return": float(episode["reward"].sum())})
+        if progress.steps >= until and done.any():
+            return
+        check()
+
+        if progress.updates == 0:
+            action = batches.rng.uniform(-1, 1, action.shape).astype(np.float32)
+        else:
+            action, memory = act(agent, memory, observation, first, explore=True)
+        envs.step_async(action)
+        learn(agent, batches, config, log, progress, check)  # environments step meanwhile
+        observation, reward, terminated, truncated, _ = envs.step_wait()
+
+        first, done = done, terminated | truncated  # the step after the last one is a reset,
+        action = np.where(first[:, None], 0, action)  # which no action led to
+        progress.steps += repeat * int((~first).sum())
+        log.show(progress.steps)
 
 
 def main(config):
     """Train from the configuration; see the module's docstring for what it leaves."""
     # Worker processes first: they are forked, and must not inherit a CUDA context.
-    envs = environments.make_vector_env(config.task, config.num_envs, **sensing(config))
-    eval_envs = environments.make_vector_env(config.task, config.eval_episodes, split="eval", **sensing(config))
-    space, action_size = envs.single_observation_space, envs.single_action_space.shape[0]
-    repeat = envs.get_attr("action_repeat")[0]
+    make = partial(environments.make_vector_env, config.task, **sensing(config))
+    with closing(make(config.num_envs)) as envs, closing(make(config.eval_episodes, split="eval")) as eval_envs:
+        space, action_size = envs.single_observation_space, envs.single_action_space.shape[0]
+        agent = make_agent(config, space, action_size)
+        if agent.device.type == "cpu":
+            keep_freed_memory()
+        folder = run_folder(config)
+        if not config.resume:
+            create_folder(folder, config)
 
-    agent = make_agent(config, space, action_size)
-    if agent.device.type == "cpu":
-        keep_freed_memory()
-    folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=bool(config.resume))
-    (folder / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2) + "\n")
-    replay = Replay(folder / "replay", replay_fields(space, action_size), config.capacity)
-    rng, log = np.random.default_rng(config.seed), Log(folder)
-    steps, updates = restore(folder, agent, replay, rng) if config.resume else (0, 0)
-    batches = Batches(replay, config, rng, agent.device)
-
-    bar = tqdm(total=config.steps, initial=steps, unit="step", smoothing=0.05)
-    while steps < config.steps:
-        # Whole episodes until the next evaluation. Their seeds depend on the step, so that a
-        # resumed run draws the episodes that it would have drawn uninterrupted.
-        stop = min(steps + config.eval_every, config.steps)
-        observation, _ = envs.reset(seed=seeds(config.seed, steps, count=config.num_envs))
-        memory, first = agent.initial_memory(config.num_envs), np.ones(config.num_envs, bool)
-        action, reward = np.zeros((config.num_envs, action_size), np.float32), np.zeros(config.num_envs)
-        done = ~first
-        replay.begin(config.num_envs)
-        while True:
-            if done.any():
-                batches.settle()
-            for episode in replay.record({**observation, "action": action, "reward": reward}, done):
-                log.write(steps, {"train_return": float(episode["reward"].sum())})
-            if steps >= stop and done.any():
-                break
-
-            if updates == 0:
-                action = rng.uniform(-1, 1, action.shape).astype(np.float32)
-            else:
-                action, memory = act(agent, memory, observation, first, explore=True)
-            envs.step_async(action)
-            updates = learn(agent, batches, config, log, steps, updates)  # environments step meanwhile
-            observation, reward, terminated, truncated, _ = envs.step_wait()
-
-            first, done = done, terminated | truncated  # the step after the last one is a reset,
-            action = np.where(first[:, None], 0, action)  # which no action led to
-            steps += repeat * int((~first).sum())
-            shown = ("train_return", "model_loss", "actor_loss", "critic_loss")
-            bar.set_postfix({name: log.latest[name] for name in shown if name in log.latest}, refresh=False)
-            bar.update(steps - bar.n)
-
-        batches.drop()
-        returns, seen = run_episodes(agent, eval_envs, config.seed)
-        log.write(steps, {"updates": updates, "eval_return": returns.mean(), "eval_std": returns.std()})
-        tqdm.write(f"step {steps}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-        write_video(folder / f"video-{steps:08}.mp4", seen)
-        save_checkpoint(folder, agent, replay, rng, config, steps, updates)
-    for closing in (bar, envs, eval_envs):
-        closing.close()
-
-
-def fail(program, error):
-    """One line on stderr and exit code 2, as for any wrong use of a command line."""
-    print(f"{program}: {error}", file=sys.stderr)
-    sys.exit(2)
+        with closing(Log(folder, config.steps)) as log, StopSignals() as stop:
+            write_config(folder, config)
+            spare = spare_rows(config, envs)
+            replay = Replay(folder / "replay", replay_fields(space, action_size), config.capacity, spare)
+            rng = np.random.default_rng(config.seed)
+            progress = restore(folder, agent, replay, rng, log) if config.resume else Progress()
+            batches = Batches(replay, config, rng, agent.device)
+            save = partial(save_checkpoint, folder, agent, replay, rng, log, config, progress)
+            try:
+                while progress.evaluated < config.steps:
+                    until = min((progress.evaluated // config.eval_every + 1) * config.eval_every, config.steps)
+                    collect(config, agent, envs, batches, log, progress, until, stop.check)
+                    batches.drop()
+                    returns, seen = run_episodes(agent, eval_envs, config.seed, stop.check)
+                    mean, std = returns.mean(), returns.std()
+                    log.write(progress.steps, {"updates": progress.updates, "eval_return": mean, "eval_std": std})
+                    tqdm.write(f"step {progress.steps}: return {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
+                    write_video(folder / f"video-{progress.steps:08}.mp4", seen)
+                    progress.evaluated = progress.steps
+                    save()
+            except (Stopped, WorkerError):
+                # Keep all that was learned and seen: episodes under way end here.
+                batches.drop()
+                replay.cut(config.batch_length)
+                save()
+                raise
 
 
 if __name__ == "__main__":
     try:
         main(parse())
-    except ValueError as error:
+    except (Exception, KeyboardInterrupt) as error:
         fail("train.py", error)

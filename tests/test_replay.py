@@ -136,6 +136,6 @@ def test_what_cannot_be_done_is_refused_with_advice(tmp_path):
     with pytest.raises(ValueError, match="enlarge"):
         filled(tmp_path / "long", [11], capacity=10)
     with pytest.raises(ValueError, match="use another folder"):
-        Replay(tmp_path / "short", FIELDS, 999)
+        Replay(tmp_path / "short", FIELDS, 1001)
     with pytest.raises(ValueError, match="use another folder"):
         Replay(tmp_path / "short", FIELDS | {"action": ((2,), "float64")}, 1000)

@@ -11,6 +11,7 @@ import torch
 
 import envs
 import evaluate
+import runs
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,7 @@ def test_a_run_leaves_what_it_promises(folder):
 
 def test_updates_keep_the_ratio_of_the_protocol(folder):
     """3 after the random steps, then 20 a 1,000 environment steps; none before."""
-    state = train.load_checkpoint(folder)
+    state = runs.load_checkpoint(folder)
     assert (state["steps"], state["updates"]) == (600, 3 + 20 * 398 // 1000)  # due at the last decision
     config = train.Config()
     assert train.updates_due(config, 4_999) == 0
@@ -81,7 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder):
     """Bit for bit: parameters, optimisers, generators, replay and logged losses."""
     run("--steps", "400", "--name", "halves")
     train.main(train.parse(["--resume", "runs/halves", "--steps", "600"]))
-    whole, halves = (flat(train.load_checkpoint(folder.parent / name)) for name in ("whole", "halves"))
+    whole, halves = (flat(runs.load_checkpoint(folder.parent / name)) for name in ("whole", "halves"))
     differing = [path for path in whole if path not in ("/config/name", "/config/steps")
                  and not np.array_equal(whole[path], halves[path])]  # fmt: skip
     assert whole.keys() == halves.keys()
@@ -94,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder):
 
 def test_another_seed_gives_another_run(folder):
     run("--steps", "200", "--name", "other", "--seed", "2")
-    first, other = (train.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
+    first, other = (runs.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
     assert not torch.equal(first["posterior_h.weight"], other["posterior_h.weight"])
     assert lines(folder)[0] != lines(folder.parent / "other")[0]
 
