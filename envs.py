@@ -1,7 +1,8 @@
 """Worlds seen through several sensors, each of which fails now and then.
 
 Multi-Modal Natural MuJoCo (Fig. 4: colour image with a moving natural video behind the body,
-depth image, touch) and the 2-D toy world (Fig. 1, 19, 20), as Gymnasium environments.
+depth image, touch), Table Wiping (Fig. 6, `wiping.py`) and the 2-D toy world (Fig. 1, 19, 20),
+as Gymnasium environments.
 
     M          modalities of a task, in the fixed order of its observation space
     present    (M,) int8, 1 where the modality was observed; a missing one reads zero
@@ -50,7 +51,7 @@ TOY = {  # task: its modalities
     "toy_two_cameras": ("front", "rear"),  # Fig. 19
     "toy_xy": ("x", "y"),  # Fig. 20
 }
-TASKS = (*SUITE, *TOY)
+TASKS = (*SUITE, "table_wiping", *TOY)
 SPLITS = ("train", "eval")
 
 
@@ -255,7 +256,7 @@ class ControlSuite:
     """
 
     action_repeat, episode_steps = 2, 500
-    info = {}
+    terminated, info = False, {}
 
     def __init__(self, domain, task, action_size, touch_size, draw_background):
         self.domain, self.task, self.action_size = domain, task, action_size
@@ -369,6 +370,7 @@ class ToyWorld:
     """
 
     action_size, action_repeat, episode_steps = 2, 1, 100
+    terminated = False
 
     def __init__(self, modalities):
         vectors = {"position": 2, "x": 1, "y": 1}
@@ -444,8 +446,8 @@ class MultiModalEnv(gymnasium.Env):
     """A world whose sensors drop out, by a schedule drawn for each at the start of an episode.
 
     A world has `spaces` (modality: Box), `action_size`, `action_repeat`, `episode_steps`,
-    `reset(rng)` -> readings, `step(action)` -> readings, reward, `picture` that no failure
-    spoils, `info` that no sensor tells, and `close()`.
+    `reset(rng)` -> readings, `step(action)` -> readings, reward, `terminated` where the task has
+    ended before its time, `picture` that no failure spoils, `info` that no sensor tells, `close()`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -476,12 +478,12 @@ class MultiModalEnv(gymnasium.Env):
 
     def step(self, action):
         """Repeats the action, sums the reward, and truncates after `episode_steps`."""
-        if self.t == self.episode_steps:
+        if self.t == self.episode_steps or self.world.terminated:
             raise gymnasium.error.ResetNeeded("no episode is under way; call reset() first")
         self.t += 1
         readings, reward = self.world.step(np.clip(action, -1, 1))
         truncated = self.t == self.episode_steps
-        return self.observe(readings), reward, False, truncated, dict(self.world.info)
+        return self.observe(readings), reward, self.world.terminated, truncated, dict(self.world.info)
 
     def observe(self, readings):
         """Zeroes the readings that are missing now and flags the others as present."""
@@ -500,18 +502,19 @@ class MultiModalEnv(gymnasium.Env):
 
 
 def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="train",
-             missing_process="exact", remove=()):
+             missing_process="exact", remove=(), randomize=None):
     """One environment; its first `reset()` follows from the seed.
 
     task             one of TASKS
     missing_rate     fraction of each sensor's readings that are missing, in [0, 1): training
                      0.375, evaluation 0, 0.375 and 0.75                              Table I
-    backgrounds      "procedural" or a path, see `open_backgrounds`; the toy world has none
+    backgrounds      "procedural" or a path, see `open_backgrounds`; the control suite's only
     split            "train" or "eval" backgrounds
     missing_process  "exact", the paper's, or "released", see `released_schedule`
     remove           names of sensors that are missing for good                     Table II
+    randomize        Table Wiping's domain randomisation; by default in the "train" split only
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and where Table Wiping lacks robosuite.
     """
     for name, value, choices in (("task", task, TASKS), ("split", split, SPLITS),
                                  ("missing_process", missing_process, SCHEDULES)):
@@ -521,8 +524,14 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
         raise ValueError(f"missing_rate is {missing_rate}; choose one in [0, 1)")
     if missing_process == "released" and missing_rate not in RELEASED_START:
         raise ValueError(f"missing_rate is {missing_rate}; the released process has 0, 0.375, 0.75")
+    if randomize and task != "table_wiping":
+        raise ValueError(f"randomize is for table_wiping; {task} has none")
     if task in TOY:
         world = ToyWorld(TOY[task])
+    elif task == "table_wiping":
+        from wiping import TableWiping
+
+        world = TableWiping(split == "train" if randomize is None else randomize)
     else:
         world = ControlSuite(*SUITE[task], open_backgrounds(backgrounds, split))
     if not set(remove) < set(world.spaces):

@@ -1,0 +1,245 @@
+"""Table Wiping, section VI: a Panda arm wipes dirt off a table, seen by two colour cameras (Fig. 6).
+
+robosuite's Wipe as a world for `envs.MultiModalEnv`: rendered fast enough for a CPU, and with domain
+randomisation. It needs `pip install -r requirements-wiping.txt`.
+
+    control step   one action of the arm's controller, at 20 Hz
+    decision       one action, repeated for `action_repeat` control steps
+    marker         a disc of dirt, 4 cm wide; 100 of them overlap to a line
+
+    world = TableWiping(randomize=True)
+    readings = world.reset(np.random.default_rng(0))      # {"workspace", "robot"}
+    readings, reward = world.step(scripted_action(world.info))
+"""
+
+import ctypes
+import importlib.util
+import logging
+import os
+import platform
+import sys
+
+import numpy as np
+from gymnasium.spaces import Box
+
+SIZE = 64  # pixels, height and width of every image
+CAMERAS = {"workspace": "agentview", "robot": "robot0_eye_in_hand"}  # modality: camera of robosuite
+INSTALL = "pip install -r requirements-wiping.txt"
+
+
+# ---- 1. The world, Fig. 6 ----
+
+
+class TableWiping:
+    """robosuite's Wipe and its reward, seen from above the table's edge and from the arm's hand.
+
+    workspace, robot  (64, 64, 3) uint8
+    action            (6,) in [-1, 1]: shift and turn of the tool, 1 stands for 5 cm or 0.5 rad
+    randomize         every episode has colours, lights and camera poses of its own
+    end_on_failure    a collision of the arm or a joint limit ends the episode (and so does a clean
+                      table): robosuite's default.  Dev. D17: here it costs robosuite's penalty at
+                      each control step that it lasts
+
+    1000 control steps an episode, robosuite's default, two a decision as in the other tasks.
+    Raises ValueError where robosuite is not installed.
+    """
+
+    action_size, action_repeat, episode_steps = 6, 2, 500
+
+    def __init__(self, randomize=False, end_on_failure=False):
+        if importlib.util.find_spec("robosuite") is None:
+            raise ValueError(f"table_wiping needs robosuite, which is not installed: {INSTALL}")
+        self.randomize, self.end_on_failure = randomize, end_on_failure
+        self.spaces = {name: Box(0, 255, (SIZE, SIZE, 3), np.uint8) for name in CAMERAS}
+        self.environment, self.terminated = None, False
+
+    def load(self):
+        """Builds the simulator and its renderer."""
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        # robosuite warns of what Wipe does not use, at import, and of a joint limit, at every step.
+        logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
+        try:
+            import mujoco
+            from dm_control import _render
+        except AttributeError as error:  # PyOpenGL's way to say that it found no library
+            raise RuntimeError("no OpenGL library found; install the Debian packages libegl1 and "
+                               "libgl1, or libosmesa6 and set MUJOCO_GL=osmesa") from error
+        import robosuite
+        from robosuite.environments.manipulation.wipe import DEFAULT_WIPE_CONFIG
+
+        self.environment = robosuite.make(
+            "Wipe", robots="Panda", horizon=self.action_repeat * self.episode_steps, ignore_done=True,
+            task_config=dict(DEFAULT_WIPE_CONFIG, early_terminations=self.end_on_failure),
+            hard_reset=False, use_object_obs=False, use_camera_obs=False, has_renderer=False,
+            has_offscreen_renderer=False, renderer="mujoco", seed=0,
+        )
+        self.mujoco, sim = mujoco, self.environment.sim
+        self.model, self.data = sim.model._model, sim.data._data
+        markers = self.environment.model.mujoco_arena.markers
+        self.markers = np.array([sim.model.body_name2id(marker.root_body) for marker in markers])
+        self.discs = np.array([sim.model.geom_name2id(marker.visual_geoms[0]) for marker in markers])
+        self.tool = self.environment.robots[0].eef_site_id["right"]
+        self.look_changer = LookChanger(mujoco, self.model, self.discs)
+        # The control suite's kind of context: it believes that none but its kind ever is current.
+        self.gl = _render.Renderer(SIZE, SIZE)
+        with self.gl.make_current() as gl:
+            gl.call(self.open_renderer)
+        # What the model was made from: 180 MB that would stay with every worker process.
+        mujoco.mj_clearCache(mujoco.mj_getCache())
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def open_renderer(self):
+        """A renderer of our own, for robosuite's leaves no choice of what a frame costs."""
+        # In software, shadows, multisampling and reflections cost four times the rest of a frame.
+        mujoco, quality = self.mujoco, self.model.vis.quality
+        quality.shadowsize, quality.offsamples = 0, 0
+        quality.numslices, quality.numstacks = 16, 2  # the markers are 100 cylinders
+        self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.scene = mujoco.MjvScene(self.model, maxgeom=1000)
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self.visible = mujoco.MjvOption()
+        self.visible.geomgroup[:] = [0, 1, 0, 0, 0, 0]  # what is for show, not what collides
+        self.visible.sitegroup[:] = 0
+
+    def reset(self, rng):
+        if self.environment is None:
+            self.load()  # only now, in the worker: an open OpenGL does not survive a fork
+        # Of their own, so that one seed gives the same task with and without randomisation.
+        task_rng, look_rng = rng.spawn(2)
+        self.environment.rng = self.environment.model.mujoco_arena.rng = task_rng
+        self.environment.reset()
+        self.terminated = False
+        if self.randomize:
+            self.look_changer.change(look_rng)
+            self.mujoco.mj_camlight(self.model, self.data)  # poses in the world, and nothing else
+        return self.sense()
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.action_repeat):
+            _, reward, self.terminated, _ = self.environment.step(action)
+            total += reward
+            if self.terminated:
+                break
+        return self.sense(), float(total)
+
+    def sense(self):
+        readings = {name: self.look(camera) for name, camera in CAMERAS.items()}
+        self.picture = readings["workspace"]
+        return readings
+
+    def look(self, camera):
+        """What a camera of robosuite sees now, (64, 64, 3) uint8."""
+        mujoco = self.mujoco
+        view = mujoco.MjvCamera()
+        view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self.model.camera(camera).id
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, self.data, self.visible, None, view, everything, self.scene)
+        rgb, rectangle = np.empty((SIZE, SIZE, 3), np.uint8), mujoco.MjrRect(0, 0, SIZE, SIZE)
+        with self.gl.make_current() as gl:
+            gl.call(mujoco.mjr_render, rectangle, self.scene, self.context)
+            gl.call(mujoco.mjr_readPixels, rgb, None, rectangle, self.context)
+        return rgb[::-1]  # OpenGL's rows go from the bottom up
+
+    @property
+    def info(self):
+        """Positions (3,) of the tool and of the nearest dirt, in metres; how many markers are wiped."""
+        dirty = self.model.geom_rgba[self.discs, 3] > 0  # robosuite makes a wiped marker transparent
+        tool = self.data.site_xpos[self.tool].copy()
+        dirt = self.data.xpos[self.markers[dirty]] if dirty.any() else tool[None]
+        nearest = dirt[np.linalg.norm(dirt - tool, axis=1).argmin()]
+        return {"tool": tool, "dirt": nearest.copy(), "wiped": int((~dirty).sum())}
+
+    def close(self):
+        """Frees the simulator and its OpenGL context."""
+        if self.environment is not None:
+            with self.gl.make_current() as gl:
+                gl.call(self.context.free)
+            self.gl.free()
+            self.environment.close()
+            self.environment = None
+
+
+def scripted_action(info):
+    """The action (6,) that goes straight to the nearest dirt and presses: the yardstick."""
+    shift = (info["dirt"] - info["tool"]) / 0.05
+    if info["wiped"] < 100:
+        shift[2] -= 0.15  # 7 mm into the table: enough to wipe, too little for a penalty
+    return np.concatenate([np.clip(shift, -1, 1), np.zeros(3)]).astype(np.float32)
+
+
+# ---- 2. Domain randomisation ----
+
+# Half-widths of the uniform distributions around the originals: robosuite's defaults, but for the
+# colours.  Its own wrapper fails with this MuJoCo, returns the picture from before the change, and
+# draws wiped markers again.
+COLOUR = 0.5  # largest share of a random colour in every surface but the dirt
+LIGHT = 0.1  # metres, and of each component of a light's colours
+LIGHT_TURN = 0.35  # radians
+CAMERA = 0.01  # metres
+CAMERA_TURN = 0.087  # radians
+CAMERA_ANGLE = 5.0  # degrees, of the field of view
+
+
+class LookChanger:
+    """Colours, lights and camera poses of a MuJoCo model, changed around their original values.
+
+    keep  geoms whose colour stays: the markers, whose visibility is the state of the task
+    """
+
+    def __init__(self, mujoco, model, keep):
+        self.mujoco, self.model = mujoco, model
+        shown = np.flatnonzero(model.geom_group == 1)
+        self.geoms = np.setdiff1d(shown, keep)
+        material = model.geom_matid[self.geoms]
+        own = model.geom_rgba[self.geoms, :3]
+        self.colours = np.where(material[:, None] < 0, own, model.mat_rgba[material, :3])
+        self.cameras = [model.camera(name).id for name in CAMERAS.values()]
+        names = "light_pos light_dir light_ambient light_diffuse light_specular cam_pos cam_quat cam_fovy".split()
+        self.originals = {name: getattr(model, name).copy() for name in names}
+        self.headlight = {name: getattr(model.vis.headlight, name).copy() for name in ("ambient", "diffuse")}
+
+    def change(self, rng):
+        """Draws a new look; what was drawn before leaves no trace."""
+        model, was = self.model, self.originals
+        # A texture is multiplied by its geom's colour.
+        share = COLOUR * rng.random((len(self.geoms), 1))
+        model.geom_rgba[self.geoms, :3] = (1 - share) * self.colours + share * rng.random(self.colours.shape)
+
+        model.light_pos[:] = was["light_pos"] + rng.uniform(-LIGHT, LIGHT, was["light_pos"].shape)
+        for i, direction in enumerate(was["light_dir"]):
+            self.mujoco.mju_rotVecQuat(model.light_dir[i], direction, self.turn(rng, LIGHT_TURN))
+        for name in ("light_ambient", "light_diffuse", "light_specular"):
+            changed = was[name] + rng.uniform(-LIGHT, LIGHT, was[name].shape)
+            getattr(model, name)[:] = np.clip(changed, 0, 1)
+        for name, value in self.headlight.items():
+            getattr(model.vis.headlight, name)[:] = np.clip(value + rng.uniform(-LIGHT, LIGHT, 3), 0, 1)
+
+        for camera in self.cameras:
+            model.cam_pos[camera] = was["cam_pos"][camera] + rng.uniform(-CAMERA, CAMERA, 3)
+            self.mujoco.mju_mulQuat(model.cam_quat[camera], self.turn(rng, CAMERA_TURN), was["cam_quat"][camera])
+            model.cam_fovy[camera] = was["cam_fovy"][camera] + rng.uniform(-CAMERA_ANGLE, CAMERA_ANGLE)
+
+    def turn(self, rng, limit):
+        """A rotation by at most `limit` radians about a random axis, as a quaternion (4,)."""
+        axis, quaternion = rng.normal(size=3), np.empty(4)
+        self.mujoco.mju_axisAngle2Quat(quaternion, axis / np.linalg.norm(axis), rng.uniform(-limit, limit))
+        return quaternion
+
+
+if __name__ == "__main__":
+    if importlib.util.find_spec("robosuite") is None:
+        sys.exit(f"wiping.py needs robosuite: {INSTALL}")
+    world = TableWiping(randomize=True)
+    readings = world.reset(np.random.default_rng(0))
+    print({name: (image.shape, str(image.dtype)) for name, image in readings.items()})
+    total = 0.0
+    for _ in range(60):
+        _, reward = world.step(scripted_action(world.info))
+        total += reward
+    print(f"scripted arm: reward {total:.1f} in 60 decisions, {world.info['wiped']} of 100 markers wiped")
+    world.close()
