@@ -10,7 +10,9 @@ sequences drawn from the replay. Everything a run leaves is in its folder, `runs
     replay/          the collected episodes
     video-*.mp4      what the agent saw in an evaluation episode
 
-Evaluate it with `python evaluate.py runs/<name>`.
+Evaluate it with `python evaluate.py runs/<name>`. Options end with their value in the paper, as
+in [Appendix B: 200], or, where it is silent, in the authors' released code, [code: 50]; [ours] has
+none in either. Dev. D1 is a row of the README's table of deviations.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,70 +52,110 @@ from runs import (Log, Progress, StopSignals, Stopped, create_folder, fail, rest
 
 
 @dataclass
-class Config:
-    """Defaults are the paper's; where it is silent, the released code's [code]; see the README."""
+class Run:
+    """What to train, and where."""
 
-    task: str = "finger_spin"  # finger_spin, walker_stand, walker_walk, walker_run, cup_catch, toy, ...
-    method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer (Table I, II)
-    seed: int = 1  # of every generator.  Dev. D15
-    name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed>
-    resume: str = ""  # folder of a run to go on with; its configuration is used
-    device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # auto (bfloat16 on a GPU), float32 or bfloat16.  Dev. D14
-    deterministic: bool = False  # only algorithms that give the same bits every time; slower on a GPU
+    task: str = "finger_spin"  # finger_spin, walker_stand, walker_walk, walker_run, cup_catch, toy, ... [Table I]
+    method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
+    seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
+    name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
+    resume: str = ""  # folder of a run to go on with; its configuration is used [ours]
+    device: str = "auto"  # auto, cpu or cuda [ours]
+    precision: str = "auto"  # auto (bfloat16 on a GPU), float32 or bfloat16.  Dev. D14 [code: float16]
+    deterministic: bool = False  # only algorithms that give the same bits every time, slower on a GPU [ours]
 
-    # Environments, section V
-    num_envs: int = 8  # stepping side by side in worker processes
-    missing_rate: float = 0.375  # of each sensor's data in training, section V
-    missing_process: str = "exact"  # exact, or released: the released code's.  Dev. D7
-    backgrounds: str = "procedural"  # or a folder of videos, of folders of frames, or CVRL's arrays
 
-    # Protocol, section V and [code]
-    steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16
-    prefill: int = 5_000  # environment steps of random actions before the first update [code]
-    first_updates: int = 100  # updates after the random steps [code]
-    updates_per_1000: float = 100  # updates per 1,000 environment steps [code]
-    capacity: int = 1_000_000  # decisions kept in the replay
-    log_every: int = 100  # updates between log lines
-    eval_every: int = 40_000  # environment steps between evaluations, rounded up to whole episodes
-    eval_episodes: int = 10  # at the training missing rate, backgrounds unseen in training
+@dataclass
+class Environment:
+    """Section V: what the agent sees, and how often it does not."""
 
-    # Model, Appendix B
-    d_h: int = 200  # size of the deterministic state h
-    d_c: int = 30  # size of the stochastic state s^c
-    d_f: int = 1024  # size of the fused code s^f
-    hidden: int = 200  # hidden layers of transition, prior and posterior
-    units: int = 400  # hidden layers of reward, actor and critic [code]
-    channels: int = 32  # of the first convolution; features are 32 times as many
-    sample_s_f: bool = True  # sample the fused code; False takes its mean [code].  Dev. D2
-    prior_if_unobserved: bool = True  # posterior = prior without observation; False: code 0 [code].  Dev. D3
-    expert_power: int = 2  # experts weigh 1/std^2; 1 gives 1/std [code].  Dev. D1
+    num_envs: int = 8  # stepping side by side in worker processes [ours]
+    missing_rate: float = 0.375  # of each sensor's data in training [section V: 0.375]
+    missing_process: str = "exact"  # exact, or released: a random process.  Dev. D7 [section V: exact; code: released]
+    backgrounds: str = "procedural"  # or a path: videos, folders of frames, CVRL's arrays [section V: ILSVRC]
 
-    # Objective, Eq. (17)
-    touch_weight: float = 0.001  # lambda^m of touch; 1 for every other modality [code].  Dev. D8
-    reward_weight: float = 1.0  # of log p(r | z), Eq. (17)
-    free_nats: float = 3.0  # of the KL [code]
-    fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6
-    absent_logit: float = -math.inf  # log f of absent observations; -100 in [code].  Dev. D4
-    over_present: bool = True  # InfoNCE is averaged over present steps; False: over all [code].  Dev. D5
 
-    # Learning [code]
-    batch_size: int = 50  # sequences a batch
-    batch_length: int = 50  # steps a sequence
-    model_lr: float = 6e-4
-    actor_lr: float = 8e-5
-    critic_lr: float = 8e-5
-    clip: float = 30.0  # global norm of each of the three gradients
+@dataclass
+class Protocol:
+    """Section V: how long to train, and when to look at the agent."""
 
-    # Behaviour, Appendix A
-    horizon: int = 15  # imagined steps
-    discount: float = 0.99
-    return_lambda: float = 0.95  # of the lambda-return, Eq. (19)
-    initial_std: float = 5.0  # of the untrained actor, before tanh [code]
-    mpc_rate: float = 0.003  # of latent-guided MPC [CVRL]
-    mpc_iterations: int = 1  # 0 switches MPC off
-    exploration: float = 0.3  # standard deviation of the noise on training actions
+    steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16 [code: 2000000]
+    prefill: int = 5_000  # environment steps of random actions before the first update [code: 5000]
+    first_updates: int = 100  # updates after the random steps [code: 100]
+    updates_per_1000: float = 100  # updates per 1,000 environment steps [code: 100]
+    capacity: int = 1_000_000  # decisions kept in the replay [ours]
+    log_every: int = 100  # updates between log lines [ours]
+    eval_every: int = 40_000  # environment steps between evaluations, rounded up to whole episodes [ours]
+    eval_episodes: int = 10  # at the training missing rate, backgrounds unseen in training [section V: 10]
 
+
+@dataclass
+class Model:
+    """Section III and Appendix B: sizes of the world model, and how it fuses its sensors."""
+
+    d_h: int = 200  # size of the deterministic state h [Appendix B: 200]
+    d_c: int = 30  # size of the stochastic state s^c [Appendix B: 30]
+    d_f: int = 1024  # size of the fused code s^f [Appendix B: 1024]
+    hidden: int = 200  # hidden layers of transition, prior and posterior [code: 200]
+    units: int = 400  # hidden layers of reward, actor and critic [code: 400]
+    channels: int = 32  # of the first convolution; features are 32 times as many [code: 32]
+    sample_s_f: bool = True  # sample the fused code, not its mean.  Dev. D2 [Eq. (11): True; code: False]
+    prior_if_unobserved: bool = True  # nothing present: the prior, not code 0.  Dev. D3 [Eq. (11): True; code: False]
+    expert_power: int = 2  # experts weigh 1/std to this power.  Dev. D1 [Eq. (11): 2; code: 1]
+
+
+@dataclass
+class Objective:
+    """Eq. (17): what the world model learns from."""
+
+    touch_weight: float = 0.001  # lambda^m of touch; 1 for every other modality.  Dev. D8 [code: 0.001]
+    reward_weight: float = 1.0  # of log p(r | z) [Eq. (17): 1]
+    free_nats: float = 3.0  # of the KL [code: 3]
+    fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6 [Eq. (17): 1; code: 0]
+    absent_logit: float = -math.inf  # log f of absent observations.  Dev. D4 [code: -100]
+    over_present: bool = True  # InfoNCE is a mean over present steps, not all.  Dev. D5 [Eq. (15): True; code: False]
+
+
+@dataclass
+class Learning:
+    """Batches, and Adam for the model, the actor and the critic."""
+
+    batch_size: int = 50  # sequences a batch [code: 50]
+    batch_length: int = 50  # steps a sequence [code: 50]
+    model_lr: float = 6e-4  # learning rate of the world model [code: 6e-4]
+    actor_lr: float = 8e-5  # learning rate of the actor [code: 8e-5]
+    critic_lr: float = 8e-5  # learning rate of the critic [code: 8e-5]
+    clip: float = 30.0  # global norm of each of the three gradients [code: 30]
+
+
+@dataclass
+class Behaviour:
+    """Appendix A: latent imagination, and latent-guided MPC."""
+
+    horizon: int = 15  # imagined steps H [code: 15]
+    discount: float = 0.99  # of a reward one step later [code: 0.99]
+    return_lambda: float = 0.95  # lambda of the lambda-return, Eq. (19) [code: 0.95]
+    initial_std: float = 5.0  # of the untrained actor, before tanh [code: 5]
+    mpc_rate: float = 0.003  # step of latent-guided MPC along the gradient of the return [code: 0.003]
+    mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [ours]
+    exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
+
+
+@dataclass
+class Config(Behaviour, Learning, Objective, Model, Protocol, Environment, Run):
+    """All of the above in one: `config.d_h`. The groups are those of --help."""
+
+
+EXAMPLES = """\
+examples:
+  python train.py --task toy                              a first run: six minutes on two CPU cores
+  python train.py --task finger_spin                      the paper's sizes and protocol, for a GPU
+  python train.py --task walker_walk --method cvrl --seed 2          another cell of Table I
+  python train.py --task cup_catch --backgrounds videos   a folder of videos behind the body
+  python train.py --task toy --touch-weight 1 --name touch-1         another lambda^m, Eq. (17)
+  python train.py --resume runs/finger_spin-mummi-1       go on after a stop
+  python train.py --task toy --help                       the defaults of another task
+"""
 
 # A task's own defaults. The toy control task trains on a CPU in minutes: small networks and batches,
 # larger learning rates, a shorter memory of the future than 100 steps.
@@ -149,7 +191,7 @@ def parse(arguments=None):
         default = replace(load_config(known.resume), resume=known.resume)
     else:
         default = Config(task=known.task, **TASK_DEFAULTS.get(known.task, {}))
-    config = tyro.cli(Config, args=arguments, default=default, description=__doc__)
+    config = command_line(arguments, default)
     for field in fields(Config):
         was, given = getattr(default, field.name), getattr(config, field.name)
         if known.resume and field.name not in MAY_CHANGE and was != given:
@@ -158,6 +200,23 @@ def parse(arguments=None):
                              "or start a new run")  # fmt: skip
     check(config)
     return config
+
+
+def command_line(arguments, default):
+    """The configuration `default` as the command line changes it; --help shows one box a group."""
+    groups = {group.__name__.lower(): group for group in reversed(Config.__bases__)}
+    nested = make_dataclass("Options", [(name, tyro.conf.OmitArgPrefixes[group]) for name, group in groups.items()])
+    defaults = {
+        name: group(**{f.name: getattr(default, f.name) for f in fields(group)}) for name, group in groups.items()
+    }  # fmt: skip
+    pairs = () if default.resume else (tyro.conf.FlagCreatePairsOff,)  # only --no-x, unless a run may have had it
+    asked_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    try:
+        print(__doc__ + "\n" if asked_for_help else "", end="")
+        given = tyro.cli(nested, args=arguments, default=nested(**defaults), description="", config=pairs)
+    finally:
+        print(EXAMPLES if asked_for_help else "", end="")
+    return Config(**{name: value for group in groups for name, value in vars(getattr(given, group)).items()})
 
 
 def load_config(folder):
