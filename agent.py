@@ -24,11 +24,13 @@ returns the loss of the world model and a dictionary of scalars to log.
 """
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 MEAN_SCALE = 5.0  # [code] keeps the mean before tanh within (-5, 5)
 
@@ -163,7 +165,59 @@ def critic_loss(value, returns, weight):
     return (weight * 0.5 * (value - returns.detach()).square()).mean()
 
 
-# ---- 4. The agent --------------------------------------------------------------------------------
+# ---- 4. Thousands of kernels, one launch ---------------------------------------------------------
+
+
+class Recorded:
+    """A function of tensors on a GPU that is recorded as a CUDA graph and then replayed.
+
+    Replayed, its kernels follow each other without waiting for Python. For each shape of the arguments
+    the first three calls run as they are, while libraries choose their kernels and Adam makes its state;
+    the fourth is recorded. What the function computes may depend on the values of tensors only, not on
+    anything that Python decides; random numbers differ from call to call.
+
+        update = Recorded(agent.update)
+        metrics = update(batch)          # nested tensors; returns copies that later calls leave alone
+    """
+
+    WARM_UP = 3  # calls
+
+    def __init__(self, function):
+        self.function, self.graphs, self.calls = function, {}, Counter()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *arguments, **options):
+        leaves, structure = tree_flatten(arguments)
+        signature = structure, tuple((x.shape, x.dtype) for x in leaves), tuple(options.items())
+        if signature not in self.graphs:
+            if self.calls[signature] < self.WARM_UP:
+                self.calls[signature] += 1
+                return self.warm_up(arguments, options)
+            self.graphs[signature] = self.record(leaves, structure, options)
+        graph, inputs, result = self.graphs[signature]
+        for x, new in zip(inputs, leaves):
+            x.copy_(new)
+        graph.replay()
+        return tree_map(torch.clone, result)
+
+    def warm_up(self, arguments, options):
+        """One call as it is, on the stream that will be recorded."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            result = self.function(*arguments, **options)
+        torch.cuda.synchronize()
+        return result
+
+    def record(self, leaves, structure, options):
+        """Returns the graph, and the tensors that it reads and writes at each replay."""
+        graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in leaves]
+        # Other threads may use the GPU meanwhile: batches are sent there.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            result = self.function(*tree_unflatten(inputs, structure), **options)
+        return graph, inputs, result
+
+
+# ---- 5. The agent --------------------------------------------------------------------------------
 
 
 class Agent:
@@ -178,11 +232,13 @@ class Agent:
     mpc_rate           step along the gradient of the return; mpc_iterations 0 switches MPC off
     exploration        standard deviation of the noise added to training actions
     bfloat16           run the networks under bfloat16 autocast; losses stay in float32
+    cuda_graphs        record `update` and `act` as one CUDA graph each (see `Recorded`)
     """
 
     def __init__(self, model, objective, action_size, units=400, horizon=15, discount=0.99,
                  return_lambda=0.95, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
-                 mpc_rate=0.003, mpc_iterations=1, exploration=0.3, device="cpu", bfloat16=False):  # fmt: skip
+                 mpc_rate=0.003, mpc_iterations=1, exploration=0.3, device="cpu", bfloat16=False,
+                 cuda_graphs=False):  # fmt: skip
         self.device, self.bfloat16 = torch.device(device), bfloat16
         self.action_size, self.horizon = action_size, horizon
         self.discount, self.return_lambda = discount, return_lambda
@@ -198,10 +254,15 @@ class Agent:
             "actor": self.adam(self.actor, actor_lr),
             "critic": self.adam(self.critic, critic_lr),
         }
+        self.recorded = [Recorded(self.update), Recorded(self.act)] if cuda_graphs else []
+        if cuda_graphs:
+            self.update, self.act = self.recorded
 
     def adam(self, module, learning_rate):
-        """Adam with Keras' epsilon [code]; on a GPU one fused kernel that a CUDA graph can hold."""
+        """Adam with Keras' epsilon [code]; on a GPU one fused kernel, which reads its rate from the GPU."""
         cuda = self.device.type == "cuda"
+        if cuda:
+            learning_rate = torch.tensor(learning_rate, device=self.device)
         return torch.optim.Adam(module.parameters(), learning_rate, eps=1e-7, fused=cuda, capturable=cuda)
 
     def autocast(self):
@@ -340,10 +401,13 @@ class Agent:
         }  # fmt: skip
 
     def load_state_dict(self, state):
-        """Take over what `state_dict` gave. Raises RuntimeError where shapes differ."""
-        for name in ("model", "actor", "critic"):
+        """Take over what `state_dict` gave, from any device. Raises RuntimeError where shapes differ."""
+        for name, optimiser in self.optimisers.items():
             getattr(self, name).load_state_dict(state[name])
-            self.optimisers[name].load_state_dict(state[f"{name}_optimiser"])
+            groups = optimiser.state_dict()["param_groups"]  # this device's kernel; the rates are those given
+            optimiser.load_state_dict({"state": state[f"{name}_optimiser"]["state"], "param_groups": groups})
+        for function in self.recorded:
+            function.graphs.clear()  # they know where Adam's state was
 
 
 if __name__ == "__main__":

@@ -1,47 +1,70 @@
 """How long the parts take on this machine, as JSON on standard output.
 
-    python benchmark.py                         # everything
+    python benchmark.py                         # everything, some minutes on a GPU, an hour on a CPU
     python benchmark.py update environments     # these sections only
 
-Times are medians, in milliseconds, at the paper's sizes. On a CPU the time of a float32 matrix
-product of 2048 x 2048 x 2048 stands beside them: machines differ, the ratio less so.
+Times are medians with their least and greatest value, in milliseconds, at the paper's sizes. On a
+CPU the time of a float32 matrix product of 2048 x 2048 x 2048 stands beside them: machines differ,
+the ratio less so.
 """
 
+import itertools
 import json
+import os
 import platform
 import resource
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
-from train import Config, keep_freed_memory, make_agent, replay_fields  # isort: skip (before torch, whose threads it quiets)
+import train  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, MultiBinary
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from envs import TASKS, make_env
+import agent as behaviour
+from envs import TASKS, make_env, make_vector_env
 from replay import Replay
+from runs import Log, Progress
 
-SPACE = Dict([  # that of the control suite
-    ("rgb", Box(0, 255, (64, 64, 3), np.uint8)), ("depth", Box(0, 10, (64, 64, 1), np.float32)),
-    ("touch", Box(0, 20, (2,), np.float32)), ("present", MultiBinary(3)),
-])  # fmt: skip
 ACTION_SIZE = 2
 CUDA = torch.cuda.is_available()
+SENSORS = {"rgb": Box(0, 255, (64, 64, 3), np.uint8), "depth": Box(0, 10, (64, 64, 1), np.float32),
+           "touch": Box(0, 20, (2,), np.float32)}  # fmt: skip
+
+
+def space(modalities=3):
+    """Observations like the control suite's: colour, depth, touch, and again."""
+    sensors = {f"{name}{i // 3 or ''}": box for i, (name, box) in zip(range(modalities), itertools.cycle(SENSORS.items()))}
+    return Dict([*sensors.items(), ("present", MultiBinary(modalities))])
+
+
+def wait():
+    if CUDA:
+        torch.cuda.synchronize()
 
 
 def milliseconds(function, repeats, warm_up=1):
     """Median, min and max time of one call, in milliseconds."""
     times = []
     for _ in range(warm_up + repeats):
+        wait()
         start = time.perf_counter()
         function()
-        if CUDA:
-            torch.cuda.synchronize()
+        wait()
         times.append(1e3 * (time.perf_counter() - start))
-    times = times[warm_up:]
+    return spread(times[warm_up:])
+
+
+def spread(times):
     return {"median": round(float(np.median(times)), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
 
 
@@ -49,54 +72,168 @@ def machine():
     """Names and versions, and the matrix product that times are compared with."""
     a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
     return {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if CUDA else None, "torch": torch.__version__,
-        "matmul_2048": milliseconds(lambda: a @ b, repeats=20, warm_up=3),
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if CUDA else None,
+        "torch": torch.__version__, "matmul_2048": milliseconds(lambda: a @ b, repeats=20, warm_up=3),
     }  # fmt: skip
 
 
-def random_batch(length, batch_size, device):
-    """What `Agent.update` reads, three modalities, 37.5 % missing."""
-    observation = {
-        "rgb": torch.randint(0, 256, (length, batch_size, 64, 64, 3), dtype=torch.uint8),
-        "depth": (10 * torch.rand(length, batch_size, 64, 64, 1)).half(),
-        "touch": torch.rand(length, batch_size, 2),
+def random_batch(length, batch_size, device, modalities=3):
+    """What `Agent.update` reads, 37.5 % missing."""
+    make = {
+        "rgb": lambda shape: torch.randint(0, 256, shape, dtype=torch.uint8),
+        "depth": lambda shape: (10 * torch.rand(shape)).half(),
+        "touch": torch.rand,
     }
+    boxes = {name: box for name, box in space(modalities).items() if name != "present"}
+    observation = {name: make[name.rstrip("0123456789")]((length, batch_size, *box.shape)) for name, box in boxes.items()}
     batch = {
-        "present": torch.rand(length, batch_size, 3) > 0.375,
+        "observation": observation, "present": torch.rand(length, batch_size, modalities) > 0.375,
         "action": torch.rand(length, batch_size, ACTION_SIZE) * 2 - 1, "reward": torch.rand(length, batch_size),
     }  # fmt: skip
-    batch = {name: x.to(device) for name, x in batch.items()}
-    return batch | {"observation": {name: x.to(device) for name, x in observation.items()}}
+    return train.to_device(batch, device)
+
+
+def make(modalities=3, **options):
+    """An agent, the paper's but for the options, and a batch for it."""
+    config = train.Config(**options)
+    agent = train.make_agent(config, space(modalities), ACTION_SIZE)
+    return agent, random_batch(config.batch_length, config.batch_size, agent.device, modalities)
+
+
+# ---- The agent ----
 
 
 def update():
     """One whole update, model, actor and critic with their optimisers, of T x B steps."""
-    results = {}
+    results = {"seconds_to_the_fifth_update": {}}
     product = machine()["matmul_2048"]["median"]
-    for size in (16, 50):
-        agent = make_agent(Config(batch_size=size, batch_length=size), SPACE, ACTION_SIZE)
-        batch = random_batch(size, size, agent.device)
-        times = milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5, warm_up=3)
-        results[f"{size}x{size}"] = times
-        times["matmuls"] = round(times["median"] / product, 1)
-        times["peak_host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
-        if CUDA:
-            times["peak_device_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    for size, precision in itertools.product((16, 50), ("float32", "bfloat16")):
+        for way in ("eager", "compiled", "recorded") if CUDA else ("eager",):
+            torch.compiler.set_stance("force_eager" if way == "eager" else "default")
+            start = time.perf_counter()
+            agent, batch = make(batch_size=size, batch_length=size, precision=precision, cuda_graphs=way == "recorded")
+            for _ in range(5):
+                agent.update(batch)
+            wait()
+            name = f"{size}x{size} {precision} {way}"
+            results["seconds_to_the_fifth_update"][name] = round(time.perf_counter() - start, 1)
+            times = milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5)
+            if CUDA:
+                times["peak_device_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+                times["share_in_kernels"] = round(kernel_milliseconds(partial(agent.update, batch)) / times["median"], 3)
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                times["matmuls"] = round(times["median"] / product, 1)
+            times["peak_host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+            results[name] = times
+    torch.compiler.set_stance("default")
     return results
+
+
+def kernel_milliseconds(function, calls=5):
+    """Time that the GPU spends in kernels during one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function()
+        wait()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / calls
 
 
 def action():
     """One decision of a vector of environments: filter, plan with MPC, act."""
     results = {}
-    agent = make_agent(Config(), SPACE, ACTION_SIZE)
     for num_envs in (1, 8, 16):
-        batch = random_batch(1, num_envs, agent.device)
+        agent, batch = make(batch_length=1, batch_size=num_envs)
         observation = {name: x[0] for name, x in batch["observation"].items()}
         memory, first = agent.initial_memory(num_envs), torch.zeros(num_envs, dtype=torch.bool, device=agent.device)
         act = partial(agent.act, memory, observation, batch["present"][0], first, explore=True)
-        results[num_envs] = milliseconds(act, repeats=20, warm_up=3)
+        results[num_envs] = milliseconds(act, repeats=50, warm_up=5)
     return results
+
+
+def stages():
+    """Where the time of one eager update goes."""
+    agent, batch = make(cuda_graphs=False)
+    agent.update(batch)
+    times, repeats = defaultdict(float), 20 if CUDA else 3
+    model, optimisers = agent.model, agent.optimisers.values()
+    with ExitStack() as stack:
+        for owner, name, stage in [
+            (model, "encode", "encoders"), (model, "fuse", "experts and fusion"), (model, "observe", "observe"),
+            (agent, "objective", "loss"), (behaviour, "imagine", "imagination"), (agent, "returns", "returns"),
+            (torch.Tensor, "backward", "backward"), *((optimiser, "step", "optimisers") for optimiser in optimisers),
+            (agent, "update", "update"),
+        ]:  # fmt: skip
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), stage, times)))
+        for _ in range(repeats):
+            agent.update(batch)
+    times["recurrence"] = times.pop("observe") - times["encoders"] - times["experts and fusion"]
+    total = times.pop("update")
+    times["the rest"] = total - sum(times.values())
+    return {"update": round(total / repeats, 3)} | {name: round(x / repeats, 3) for name, x in times.items()}
+
+
+def timed(function, stage, times):
+    """The function, which adds its milliseconds to `times[stage]`."""
+
+    def call(*arguments, **options):
+        wait()
+        start = time.perf_counter()
+        result = function(*arguments, **options)
+        wait()
+        times[stage] += 1e3 * (time.perf_counter() - start)
+        return result
+
+    return call
+
+
+NO_KERNEL = set("""view t transpose expand slice select unsqueeze squeeze split split_with_sizes permute alias detach
+    unbind _unsafe_view as_strided diagonal _reshape_alias lift_fresh empty empty_like empty_strided scalar_tensor
+    _record_function_enter_new _record_function_exit _local_scalar_dense""".split())
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is computed while it lasts; views are not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        self.count += operator._schema.name.split("::")[1] not in NO_KERNEL
+        return operator(*arguments, **options or {})
+
+
+def count_operators(**options):
+    """How many operators one eager update takes; on a GPU each is a kernel or a few."""
+    agent, batch = make(batch_size=2, cuda_graphs=False, **options)
+    agent.update(batch)
+    with Operators() as operators:
+        agent.update(batch)
+    return operators.count
+
+
+def operators():
+    """How many operators one update takes, and how many of them come with each step."""
+    whole = count_operators()
+    return {
+        "update": whole, "a_step_of_the_batch": (whole - count_operators(batch_length=40)) / 10,
+        "an_imagined_step": (whole - count_operators(horizon=10)) / 5,
+    }  # fmt: skip
+
+
+def growth():
+    """Update time against batch size, number of modalities and horizon; sequences of 50 steps, on a CPU 16."""
+    length = 50 if CUDA else 16
+    base = {"batch_size": length, "modalities": 3, "horizon": 15}
+    results = {"steps": length, **base}
+    for name, values in {"batch_size": (16, 50, 100, 200), "modalities": range(1, 7), "horizon": (5, 15, 30)}.items():
+        for value in values:
+            agent, batch = make(batch_length=length, **base | {name: value})
+            results[f"{name} {value}"] = milliseconds(partial(agent.update, batch), repeats=20 if CUDA else 3, warm_up=4)
+    return results
+
+
+# ---- Environments, replay, training ----
 
 
 def random_decision(env):
@@ -104,7 +241,7 @@ def random_decision(env):
 
 
 def environments():
-    """One decision of a random policy, and one reset, of each task in this process."""
+    """One decision of a random policy, and one reset, in this process; decisions a second of worker processes."""
     results = {}
     for task in TASKS:
         env = make_env(task)
@@ -114,22 +251,70 @@ def environments():
         decision = milliseconds(partial(random_decision, env), repeats=min(400, env.episode_steps - 1))
         env.close()
         results[task] = {"decision": decision, "reset": reset}
+    for workers in (1, 2, 4, 8, 16):
+        envs = make_vector_env("finger_spin", workers)
+        envs.reset(seed=0)
+        times = milliseconds(partial(random_decision, envs), repeats=200, warm_up=20)
+        envs.close()
+        results[f"finger_spin decisions a second, {workers} workers"] = round(1e3 * workers / times["median"])
     return results
 
 
 def replay():
     """Drawing a batch of 50 x 50 from a small and from a full replay, the latter a sparse file."""
-    results, rng, config = {}, np.random.default_rng(0), Config()
+    results, rng, config = {}, np.random.default_rng(0), train.Config()
     for capacity in (10_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
-            memory = Replay(folder, replay_fields(SPACE, ACTION_SIZE), capacity)
+            memory = Replay(folder, train.replay_fields(space(), ACTION_SIZE), capacity)
             memory.episodes = [(start, 500, 0) for start in range(0, capacity, 500)]
             draw = partial(memory.sample, config.batch_size, config.batch_length, rng)
-            results[capacity] = milliseconds(draw, repeats=20, warm_up=3)
+            results[capacity] = milliseconds(draw, repeats=50, warm_up=10)
     return results
 
 
-SECTIONS = {"update": update, "action": action, "environments": environments, "replay": replay}
+class Enough(Exception):
+    """The time is over."""
+
+
+def training(seconds=60):
+    """Environment steps and updates a second of `train.py` on finger_spin, evaluation and checkpoints aside."""
+    config = train.Config(prefill=8_000, first_updates=6, capacity=100_000)  # an episode of each environment first
+    start = SimpleNamespace(time=None)
+
+    def check():
+        if start.time is None and progress.updates >= config.first_updates:
+            wait()
+            start.time, start.steps, start.updates = time.perf_counter(), progress.steps, progress.updates
+        if start.time and time.perf_counter() - start.time > seconds:
+            raise Enough
+
+    envs = make_vector_env(config.task, config.num_envs)
+    with tempfile.TemporaryDirectory() as folder:
+        agent = train.make_agent(config, envs.single_observation_space, ACTION_SIZE)
+        fields = train.replay_fields(envs.single_observation_space, ACTION_SIZE)
+        memory, progress = Replay(Path(folder) / "replay", fields, config.capacity), Progress()
+        batches = train.Batches(memory, config, np.random.default_rng(0), agent.device)
+        log = Log(Path(folder), config.steps)
+        try:
+            train.collect(config, agent, envs, batches, log, progress, config.steps, check)
+        except Enough:
+            wait()
+        elapsed = time.perf_counter() - start.time
+        batches.drop()
+        log.close()
+    envs.close(terminate=True)
+    return {
+        "steps_a_second": round((progress.steps - start.steps) / elapsed, 1),
+        "updates_a_second": round((progress.updates - start.updates) / elapsed, 2), "seconds": round(elapsed, 1),
+        "peak_device_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else None,
+        "peak_host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+    }  # fmt: skip
+
+
+SECTIONS = {
+    section.__name__: section
+    for section in (update, action, stages, operators, growth, environments, replay, training)
+}  # fmt: skip
 
 if __name__ == "__main__":
     names = sys.argv[1:] or list(SECTIONS)
@@ -137,7 +322,7 @@ if __name__ == "__main__":
     if unknown:
         sys.exit(f"benchmark.py: {', '.join(unknown)} is unknown: choose among {', '.join(SECTIONS)}")
     if not CUDA:
-        keep_freed_memory()
+        train.keep_freed_memory()
     report = {"machine": machine(), "unit": "milliseconds"}
     for name in names:
         print(f"{name} ...", file=sys.stderr)

@@ -21,6 +21,7 @@ Shapes: T steps, B sequences, M modalities, A action size, D_x features of one e
 """
 
 from contextlib import contextmanager
+from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,12 @@ class Filtered(NamedTuple):
 # ---- 1. Gaussians and small networks -------------------------------------------------------------
 
 
+def one_kernel(function):
+    """The function itself; on a GPU, compiled: its elementwise steps run as one kernel."""
+    compiled = cache(lambda: torch.compile(function, dynamic=True))  # when it is first asked for
+    return wraps(function)(lambda x, *rest: (compiled() if x.is_cuda else function)(x, *rest))
+
+
 def gaussian(parameters):
     """Mean and standard deviation from a network's output, in float32 whatever the autocast type.
 
@@ -78,6 +85,17 @@ def gaussian(parameters):
 def sample(mean, std):
     """Reparameterised sample of N(mean, std^2), all (..., D)."""
     return mean + std * torch.randn_like(std)
+
+
+def sample_from(parameters):
+    """Sample of the Gaussian of `gaussian(parameters)`. (..., 2 D) -> (..., D)"""
+    return shift(parameters, torch.randn_like(parameters.chunk(2, -1)[0], dtype=torch.float32))
+
+
+@one_kernel
+def shift(parameters, noise):
+    mean, std = gaussian(parameters)
+    return mean + std * noise
 
 
 def mlp(sizes, activation, output_activation=False, linear=nn.Linear):
@@ -164,6 +182,7 @@ def unrolled(module):
             layer.shared = None
 
 
+@one_kernel
 def gru(from_x, from_h, h):
     """The gated recurrent unit, from the projections of its input and of its state.
 
@@ -328,7 +347,7 @@ class MSSM(nn.Module):
     def imagine_step(self, state, action):
         """Eq. (4): one step of the dynamics without an observation. (N, D), (N, A) -> State."""
         h = self.transition(state, action)
-        return State(h, sample(*self.prior(h)))
+        return State(h, sample_from(self.prior_net(h)))
 
     def latent(self, h, s_c):
         """What every head reads, Eq. (7), (8): (..., D_h), (..., D_c) -> (..., D_z)."""
@@ -425,7 +444,7 @@ class MSSM(nn.Module):
             for action_t, from_s_f_t, observed_t in zip(action, from_s_f, fused.observed):
                 h = self.transition(state, action_t)
                 posterior, prior = self.posterior(from_s_f_t, observed_t, h)
-                state = State(h, sample(*gaussian(posterior)))
+                state = State(h, sample_from(posterior))
                 steps.append((*state, posterior, prior))
         h, s_c, posterior, prior = (torch.stack(x) for x in zip(*steps))
         return Filtered(h, s_c, *gaussian(posterior), *gaussian(prior), fused, present)

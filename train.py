@@ -62,6 +62,7 @@ class Run:
     resume: str = ""  # folder of a run to go on with; its configuration is used [ours]
     device: str = "auto"  # auto, cpu or cuda [ours]
     precision: str = "auto"  # auto (bfloat16 on a GPU), float32 or bfloat16.  Dev. D14 [code: float16]
+    cuda_graphs: bool = True  # on a GPU, record an update and a decision as one CUDA graph each [ours]
     deterministic: bool = False  # only algorithms that give the same bits every time, slower on a GPU [ours]
 
 
@@ -174,7 +175,7 @@ LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail fo
 POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
 NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 exploration mpc_rate mpc_iterations fused_kl_scale "
                 "touch_weight reward_weight free_nats").split()  # fmt: skip
-MAY_CHANGE = ("resume", "device", "deterministic", "steps", "log_every", "eval_every")  # when a run is resumed
+MAY_CHANGE = ("resume", "device", "deterministic", "cuda_graphs", "steps", "log_every", "eval_every")  # when a run is resumed
 
 
 def parse(arguments=None):
@@ -322,8 +323,11 @@ def make_agent(config, observation_space, action_size):
                  **{name: getattr(config, name) for name in MODEL})  # fmt: skip
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and cuda)
+    torch.set_float32_matmul_precision("high" if bfloat16 and cuda else "highest")  # of the losses: TF32 or not
+    torch.backends.cudnn.benchmark = not config.deterministic
     return Agent(model, partial(objective, config=config), action_size, device="cuda" if cuda else "cpu",
-                 bfloat16=bfloat16, **{name: getattr(config, name) for name in BEHAVIOUR})  # fmt: skip
+                 bfloat16=bfloat16, cuda_graphs=config.cuda_graphs and cuda,
+                 **{name: getattr(config, name) for name in BEHAVIOUR})  # fmt: skip
 
 
 # ---- 3. Between environments, replay and agent ---------------------------------------------------
@@ -340,7 +344,7 @@ def act(agent, memory, observation, first, explore):
     """`Agent.act` for a vector environment's observation; the action as a NumPy array (B, A)."""
     observation = to_device(observation, agent.device)
     present = observation.pop("present")
-    action, memory = agent.act(memory, observation, present, to_device(first, agent.device), explore)
+    action, memory = agent.act(memory, observation, present, to_device(first, agent.device), explore=explore)
     return action.float().cpu().numpy(), memory
 
 
@@ -461,6 +465,8 @@ def learn(agent, batches, config, log, progress, check):
     """All updates that are due after so many environment steps."""
     while len(batches.replay) and progress.updates < updates_due(config, progress.steps):
         started = time.perf_counter()
+        if progress.updates == 0 and agent.device.type == "cuda":
+            tqdm.write("the first updates compile kernels and record CUDA graphs: up to two minutes")
         batch = batches.next()
         log.add(agent.update(batch), batch)
         progress.updates += 1
