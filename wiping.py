@@ -44,7 +44,8 @@ class TableWiping:
     Raises ValueError where robosuite is not installed.
     """
 
-    action_size, action_repeat, episode_steps = 6, 2, 500
+    action_size = 6
+    action_repeat, episode_steps = 2, 500
 
     def __init__(self, randomize=False, end_on_failure=False):
         if importlib.util.find_spec("robosuite") is None:
