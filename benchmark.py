@@ -104,7 +104,7 @@ def random_decision(env):
 
 
 def environments():
-    """One decision of a random policy, and one reset, of each task in this process."""
+    """One decision of a random policy, also of a single simulator step, and one reset, of each task."""
     results = {}
     for task in TASKS:
         try:
@@ -112,12 +112,13 @@ def environments():
         except ValueError as error:  # Table Wiping without robosuite
             results[task] = str(error)
             continue
-        reset = milliseconds(env.reset, repeats=10)
-        env.reset()
-        env.action_space.seed(0)
-        decision = milliseconds(partial(random_decision, env), repeats=min(400, env.episode_steps - 1))
+        results[task] = {"reset": milliseconds(env.reset, repeats=10)}
+        for name, repeat in (("decision", env.action_repeat), ("decision_without_repeat", 1)):
+            env.world.action_repeat = repeat
+            env.reset()
+            env.action_space.seed(0)
+            results[task][name] = milliseconds(partial(random_decision, env), min(400, env.episode_steps - 1))
         env.close()
-        results[task] = {"decision": decision, "reset": reset}
     return results
 
 
