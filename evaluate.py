@@ -1,12 +1,12 @@
 """Evaluate trained runs with sensors missing: `python evaluate.py runs/finger_spin-mummi-*`.
 
-Every run acts for 10 episodes at each missing rate of Table I (None 0 %, Medium 37.5 %, High 75 %)
-on backgrounds it has not seen, without exploration. Runs of one task and method are pooled over
-their seeds. The table shows ours and, in brackets, the paper's. It is printed and written to
-`<output>.md`, `.csv` (a line a seed) and `.json` (every episode).
+Every run acts for 10 episodes at each missing rate of the paper (None 0 %, Medium 37.5 %, High 75 %;
+Table Wiping has no High) on backgrounds it has not seen, without exploration. Runs of one task and
+method are pooled over their seeds. The table shows ours and, in brackets, the paper's. It is printed
+and written to `<output>.md`, `.csv` (a line a seed) and `.json` (every episode).
 
-    python evaluate.py runs/toy-mummi-1                         # the paper's three rates
-    python evaluate.py runs/* --remove camera                   # a sensor gone for good (Table II)
+    python evaluate.py runs/toy-mummi-1                         # Table I: the paper's three rates
+    python evaluate.py runs/table_wiping-* --remove workspace   # Table II: all sensors, then without one
     python evaluate.py runs/* --sensors all --calibration       # every subset of the sensors, and why
 """
 
@@ -25,9 +25,12 @@ import torch
 import tyro
 
 import envs as environments
+import wiping
+from methods import METHODS
 from runs import load_checkpoint, write_video
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
+TABLE_II = ("Medium", "None")
 PAPER = Path(__file__).parent / "results" / "paper.json"
 MAY_DIFFER = set("task method seed name resume device deterministic num_envs log_every eval_every".split())
 
@@ -38,12 +41,13 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs; a shell's glob gives many
     episodes: int = 10  # of each run at each missing rate
-    rates: tuple[str, ...] = tuple(RATES)  # among None, Medium, High
-    remove: tuple[str, ...] = ()  # sensors gone for good
+    rates: tuple[str, ...] = ()  # among None, Medium, High; by default those of the task's table
+    remove: tuple[str, ...] = ()  # repeat with these sensors gone for good
     sensors: str = ""  # "all": repeat with every non-empty subset of the sensors
     calibration: bool = False  # also say how far the experts agree
     seed: int = 1000  # of the episodes, the same for every run
     output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs ./evaluation
+    randomize: bool = False  # table_wiping with domain randomisation, as in training
     video: bool = False  # write <output>-<rate>.mp4: the first episode as the agent sees it
     device: str = "auto"  # auto, cpu or cuda
 
@@ -58,7 +62,7 @@ def sensor_subsets(options, sensors):
     if unknown or not kept:
         raise ValueError(f"--remove {' '.join(options.remove)}: choose some of {', '.join(sensors)}, but not all")
     if options.sensors != "all":
-        return [kept]
+        return [tuple(sensors), kept] if options.remove else [kept]
     return [s for size in range(len(kept), 0, -1) for s in itertools.combinations(kept, size)]
 
 
@@ -66,15 +70,19 @@ def evaluate_run(folder, config, agent, options):
     """Episodes of one run. Returns records, a dictionary for each missing rate and set of sensors."""
     space = environments.make_env(config.task).observation_space
     sensors = [name for name in space if name != "present"]
-    records = []
-    for kept, rate in itertools.product(sensor_subsets(options, sensors), options.rates):
-        envs = environments.make_vector_env(
-            config.task, options.episodes, missing_rate=RATES[rate], backgrounds=config.backgrounds,
-            split="eval", remove=tuple(set(sensors) - set(kept)),
-        )  # fmt: skip
+    rates, records = options.rates or (TABLE_II if config.task == "table_wiping" else tuple(RATES)), []
+    for kept, rate in itertools.product(sensor_subsets(options, sensors), rates):
         torch.manual_seed(options.seed)
-        returns, seen = run_episodes(agent, envs, options.seed)
-        envs.close()
+        returns, seen = np.empty(0), None
+        while len(returns) < options.episodes:  # ten at a time: each has a process of its own
+            envs = environments.make_vector_env(
+                config.task, min(10, options.episodes - len(returns)), missing_rate=RATES[rate],
+                backgrounds=config.backgrounds, split="eval", randomize=options.randomize,
+                remove=tuple(set(sensors) - set(kept)),
+            )  # fmt: skip
+            more, what = run_episodes(agent, envs, options.seed + len(returns))
+            returns, seen = np.append(returns, more), seen or what
+            envs.close()
         records.append({
             "run": str(folder), "task": config.task, "method": config.method, "seed": config.seed,
             "missing": rate, "sensors": "+".join(kept), "returns": returns.tolist(),
@@ -124,10 +132,12 @@ def matching_rank(mean_a, mean_b):
 
 
 def reference_returns(task, episodes, seed):
-    """Returns of the random and, in the toy world, of the scripted policy, episodes each."""
+    """Returns of the random and, where there is one, of the scripted policy, episodes each."""
     policies = {"random": lambda env, info, rng: rng.uniform(-1, 1, env.action_space.shape)}
     if task in environments.TOY:
         policies["scripted"] = lambda env, info, rng: environments.scripted_toy_action(info["position"])
+    if task == "table_wiping":
+        policies["scripted"] = lambda env, info, rng: wiping.scripted_action(info)
     env, returns = environments.make_env(task, missing_rate=0.0, split="eval"), defaultdict(list)
     for name, policy in policies.items():
         rng = np.random.default_rng(seed)
@@ -185,7 +195,7 @@ def paper_cell(task, sensors, missing, method):
 
 def markdown(cells, references):
     """The pooled records as a Markdown table, one column a method, the best of a row in bold."""
-    methods = list(dict.fromkeys(method for row in cells.values() for method in row))
+    methods = [method for method in METHODS if any(method in row for row in cells.values())]  # the paper's order
     lines = [
         "| task | sensors | missing | " + " | ".join(methods) + " |",
         "|---|---|---|" + "---|" * len(methods),

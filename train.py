@@ -55,7 +55,7 @@ from runs import (Log, Progress, StopSignals, Stopped, create_folder, fail, rest
 class Run:
     """What to train, and where."""
 
-    task: str = "finger_spin"  # finger_spin, walker_stand, walker_walk, walker_run, cup_catch, toy, ... [Table I]
+    task: str = "finger_spin"  # finger_spin, walker_stand, _walk, _run, cup_catch, table_wiping, toy, ... [Table I]
     method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
     seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
     name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
@@ -165,7 +165,10 @@ TOY = dict(
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
     model_lr=3e-3, actor_lr=2e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
 )  # fmt: skip
-TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY}
+# Table Wiping: section VI's length and Appendix B's codes of 256, concatenated 512. Only encoders this
+# narrow have 256 features.  Dev. D16, D18
+WIPING = dict(steps=1_000_000, d_f=256, channels=8)
+TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
 
 LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail for want of memory or disk
     **dict.fromkeys("d_h d_c d_f hidden units channels batch_size batch_length".split(), 2**16),

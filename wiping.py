@@ -44,7 +44,8 @@ class TableWiping:
     Raises ValueError where robosuite is not installed.
     """
 
-    action_size, action_repeat, episode_steps = 6, 2, 500
+    action_size = 6
+    action_repeat, episode_steps = 2, 500
 
     def __init__(self, randomize=False, end_on_failure=False):
         if importlib.util.find_spec("robosuite") is None:
@@ -175,10 +176,11 @@ def scripted_action(info):
 # ---- 2. Domain randomisation ----
 
 # Half-widths of the uniform distributions around the originals: robosuite's defaults, but for the
-# colours.  Its own wrapper fails with this MuJoCo, returns the picture from before the change, and
-# draws wiped markers again.
+# colours, which its bright light would leave white.  robosuite's own wrapper fails with this MuJoCo,
+# returns the picture from before the change and draws wiped markers again.
 COLOUR = 0.5  # largest share of a random colour in every surface but the dirt
-LIGHT = 0.1  # metres, and of each component of a light's colours
+LIGHT = 0.1  # metres
+LIGHT_COLOUR = 0.25  # of red, green and blue
 LIGHT_TURN = 0.35  # radians
 CAMERA = 0.01  # metres
 CAMERA_TURN = 0.087  # radians
@@ -214,10 +216,11 @@ class LookChanger:
         for i, direction in enumerate(was["light_dir"]):
             self.mujoco.mju_rotVecQuat(model.light_dir[i], direction, self.turn(rng, LIGHT_TURN))
         for name in ("light_ambient", "light_diffuse", "light_specular"):
-            changed = was[name] + rng.uniform(-LIGHT, LIGHT, was[name].shape)
+            changed = was[name] + rng.uniform(-LIGHT_COLOUR, LIGHT_COLOUR, was[name].shape)
             getattr(model, name)[:] = np.clip(changed, 0, 1)
         for name, value in self.headlight.items():
-            getattr(model.vis.headlight, name)[:] = np.clip(value + rng.uniform(-LIGHT, LIGHT, 3), 0, 1)
+            changed = value + rng.uniform(-LIGHT_COLOUR, LIGHT_COLOUR, 3)
+            getattr(model.vis.headlight, name)[:] = np.clip(changed, 0, 1)
 
         for camera in self.cameras:
             model.cam_pos[camera] = was["cam_pos"][camera] + rng.uniform(-CAMERA, CAMERA, 3)

@@ -1,9 +1,11 @@
 """Draws what the sensors of each task give during one episode, into docs/<task>.png.
 
-    python docs/contact_sheet.py
+    python docs/contact_sheet.py                    # every task that is installed
+    python docs/contact_sheet.py table_wiping
 
-Above, ten moments of an episode under smooth random actions: each camera as the agent gets
-it, black where it is missing; depth in metres; the foreground, which no sensor gives.
+Above, ten moments of an episode under smooth random actions, or, in Table Wiping, of the scripted
+arm: each camera as the agent gets it, black where it is missing; depth in metres; the foreground,
+which no sensor gives; the starts of other episodes of Table Wiping, whose looks are random.
 Below, the whole episode: the vector sensors, shaded where missing, and who is present when.
 """
 
@@ -17,31 +19,44 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SEED = 2  # with it the random actions catch the ball for a while
+WIPING_SEED = 8  # with it the sheet shows most of the wiping
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from envs import TASKS, make_env
+from wiping import scripted_action
+
+
+def ten_moments(task, steps):
+    """Decisions to show: over the episode, or until the scripted arm has wiped the table."""
+    return np.linspace(0, 120 if task == "table_wiping" else steps, 10).astype(int)
 
 
 def record(task):
     """One episode: images and vectors by name, a list over time each, and missing (T, M)."""
-    env = make_env(task, seed=SEED)
+    env = make_env(task, seed=WIPING_SEED if task == "table_wiping" else SEED)
     rng = np.random.default_rng(0)
     images, vectors, truncated = {}, {}, False
     action = np.zeros(env.action_space.shape)
-    observation, _ = env.reset()
+    observation, info = env.reset()
     while True:
         for name in env.world.spaces:
             kind = images if observation[name].ndim == 3 else vectors
             kind.setdefault(name, []).append(observation[name])
         if task.startswith("toy"):
             images.setdefault("the world", []).append(env.render())
-        else:
+        elif task != "table_wiping":
             images.setdefault("foreground", []).append(env.world.foreground)
         if truncated:
+            if task == "table_wiping":
+                for i, t in enumerate(ten_moments(task, env.episode_steps)):
+                    for name, image in env.world.reset(np.random.default_rng(i)).items():
+                        images.setdefault(f"{name},\nother starts", {})[t] = image
             env.close()
             return images, vectors, env.missing
         action = 0.9 * action + 0.4 * rng.normal(size=action.shape)
-        observation, _, _, truncated, _ = env.step(action)
+        if task == "table_wiping":
+            action = scripted_action(info)
+        observation, _, _, truncated, info = env.step(action)
 
 
 def draw(task):
@@ -49,7 +64,7 @@ def draw(task):
     images, vectors, missing = record(task)
     sensors = make_env(task).world.spaces
     time = np.arange(len(missing))
-    moments = np.linspace(0, time[-1], 10).astype(int)
+    moments = ten_moments(task, time[-1])
 
     heights = [1] * len(images) + [1.3] * len(vectors) + [0.25 * len(sensors)]
     figure = plt.figure(figsize=(12, 1.3 * sum(heights) + 0.6), layout="constrained")
@@ -92,7 +107,7 @@ def draw(task):
 
 
 if __name__ == "__main__":
-    for task in TASKS:
+    for task in sys.argv[1:] or TASKS:
         figure = draw(task)
         figure.savefig(HERE / f"{task}.png", dpi=80, bbox_inches="tight")
         plt.close(figure)

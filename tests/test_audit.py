@@ -48,7 +48,7 @@ def marked(kind):
     return {int(n) for mark in marks for n in mark.split(",")}
 
 
-CODE = read(*COMPONENTS, "methods.py", "train.py")
+CODE = read(*COMPONENTS, "wiping.py", "methods.py", "train.py")
 
 
 def test_every_equation_in_the_code_is_tested_and_no_other():

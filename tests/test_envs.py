@@ -1,5 +1,6 @@
 """envs.py: missing data, backgrounds, the control suite's sensors, the toy world, seeding."""
 
+import importlib.util
 import pickle
 import shutil
 import subprocess
@@ -594,7 +595,7 @@ def test_toy_sensors_agree(make):
 # ---- 5. Environments ----
 
 
-@pytest.mark.parametrize("task", envs.TASKS)
+@pytest.mark.parametrize("task", [*envs.SUITE, *envs.TOY])  # Table Wiping: test_wiping.py
 def test_gymnasium_finds_no_fault(task):
     gymnasium.register(f"{task}-v0", entry_point=lambda render_mode="rgb_array": make_env(task))
     with warnings.catch_warnings():
@@ -675,11 +676,20 @@ def test_actions_are_clipped(make, task):
     (dict(missing_process="released", missing_rate=0.5), "0.375"),
     (dict(remove=("sonar",)), "depth"),
     (dict(remove=("rgb", "depth", "touch")), "touch"),
+    (dict(randomize=True), "table_wiping"),
 ])
 def test_wrong_arguments_are_explained(wrong, named):
     with pytest.raises(ValueError) as error:
         make_env(**{"task": "finger_spin", **wrong})
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_table_wiping_says_what_it_needs(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "robosuite" else find(name, *a))
+    with pytest.raises(ValueError, match="pip install -r requirements-wiping.txt") as error:
+        make_env("table_wiping")
+    assert "\n" not in str(error.value)
 
 
 # ---- 6. Vectors of environments ----

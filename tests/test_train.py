@@ -121,6 +121,20 @@ def test_evaluation_shows_the_papers_figures_beside_ours():
     assert "[" not in evaluate.markdown(cells, {}), "the paper removes no sensor in Table I"
 
 
+def test_table_ii_has_the_rows_and_columns_of_the_paper():
+    """Whatever the order of the runs."""
+    cell = dict(mean=1, std=2, seeds=1, episodes=30)
+    cells = {("table_wiping", sensors, rate): {method: cell for method in ("mssm_e", "mummi_b", "mummi")}
+             for sensors in ("workspace+robot", "robot") for rate in evaluate.TABLE_II}  # fmt: skip
+    table = evaluate.markdown(cells, {}).splitlines()
+    assert table[0] == "| task | sensors | missing | mummi | mummi_b | mssm_e |"
+    paper = [[part.split("]")[0] for part in row.split("[")[1:]] for row in table[2:6]]
+    assert paper == [
+        ["61.4 ± 70.4", "48.8 ± 40.5", "60.9 ± 56.1"], ["60.6 ± 69.9", "47.9 ± 37.2", "64.9 ± 85.3"],
+        ["57.8 ± 69.8", "62.1 ± 93.7", "64.0 ± 95.9"], ["65.9 ± 76.9", "69.2 ± 97.2", "60.4 ± 98.2"],
+    ]  # fmt: skip
+
+
 BAD = {
     "unknown task": ["--task", "finger_twist"],
     "unknown method": ["--method", "momo"],
@@ -184,6 +198,8 @@ def test_evaluation_refuses_to_remove_every_or_an_unknown_sensor(remove):
         evaluate.sensor_subsets(evaluate.Options(runs=("a",), remove=remove), ["position", "camera"])
     subsets = evaluate.sensor_subsets(evaluate.Options(runs=("a",), sensors="all"), ["rgb", "depth", "touch"])
     assert len(subsets) == len(set(subsets)) == 7
+    subsets = evaluate.sensor_subsets(evaluate.Options(runs=("a",), remove=("workspace",)), ["workspace", "robot"])
+    assert subsets == [("workspace", "robot"), ("robot",)]  # the rows of Table II
 
 
 def test_the_rank_of_the_matching_step():
@@ -202,4 +218,5 @@ def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
     assert train.parse(["--task", "finger_spin", "--name", "x"]).batch_length == 50
     assert train.parse(["--task", "toy", "--name", "x"]).batch_length == 25
     assert train.parse(["--task", "toy", "--batch-length", "30", "--name", "x"]).batch_length == 30
-    assert set(train.TASK_DEFAULTS) == set(envs.TOY)
+    assert set(train.TASK_DEFAULTS) == {*envs.TOY, "table_wiping"}
+    assert train.TASK_DEFAULTS["table_wiping"]["steps"] == 1_000_000  # section VI
