@@ -22,6 +22,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import pickletools
 import signal
 import sys
 from collections import OrderedDict
@@ -168,12 +169,16 @@ def procedural_video(scene):
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 FRAME_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png"}
+FORMATS = "mov,mp4,m4v,matroska,webm,avi,mpeg,mpegvideo,mpegts,mjpeg,bmp_pipe,jpeg_pipe,png_pipe"  # to be opened
+MAX_PIXELS = 2**26  # 8,192 x 8,192
 
 
 def find_videos(path):
     """The videos at a path: arrays (frames, 64, 64, 3), or files and folders of frames."""
-    if not path.exists():
-        raise ValueError(f"backgrounds {path} do not exist; give a path or 'procedural'")
+    try:
+        path.stat()
+    except OSError as error:
+        raise ValueError(f"backgrounds {path} do not exist: {error.strerror}; give a path or 'procedural'") from error
     if path.suffix in (".npy", ".pkl"):
         return read_array(path)
     if not path.is_dir():
@@ -190,15 +195,21 @@ def read_array(path):
     """The videos in a .npy or .pkl file, each (frames, 64, 64, 3) uint8."""
     try:
         if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r")
+            array = np.lib.format.open_memmap(path, "r")
         else:
             with open(path, "rb") as file:
+                for opcode, number, _ in pickletools.genops(file):
+                    if "PUT" in opcode.name and number > path.stat().st_size:
+                        raise ValueError("it asks for more memory than it can use")
+                file.seek(0)
                 array = np.asarray(ArrayUnpickler(file).load())
     except Exception as error:  # a damaged pickle raises whatever it likes
         raise ValueError(f"backgrounds {path} are not an array: {error}") from error
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-3:] != IMAGE.shape:
         raise ValueError(f"backgrounds {path} are {array.dtype} {array.shape}; needed are uint8 "
                          "(frames, 64, 64, 3) or (videos, frames, 64, 64, 3)")
+    if array.size == 0:
+        raise ValueError(f"backgrounds {path} hold no frames: {array.shape}")
     return list(array) if array.ndim == 5 else [array]
 
 
@@ -221,12 +232,18 @@ def read_clip(video, max_frames=501):
     clip = []
     pictures = sorted(f for f in video.glob("*") if f.suffix.lower() in FRAME_SUFFIXES)
     for file in pictures[:max_frames] or [video]:
+        if not file.is_file():
+            raise ValueError(f"background {file} is no file; remove it")
         try:
-            with av.open(str(file)) as container:
-                for frame in itertools.islice(container.decode(video=0), max_frames):
+            # Through a file object: a name or a playlist may not send FFmpeg elsewhere.
+            with open(file, "rb") as data, av.open(data, options={"format_whitelist": FORMATS}) as container:
+                size = container.streams.video[0].codec_context
+                if size.width * size.height > MAX_PIXELS:
+                    raise ValueError(f"it has {size.width} x {size.height} pixels")
+                for frame in itertools.islice(container.decode(video=0), max_frames - len(clip)):
                     frame = frame.reformat(SIZE, SIZE, "rgb24", interpolation="AREA")
                     clip.append(frame.to_ndarray())
-        except (av.FFmpegError, IndexError) as error:  # IndexError: sound without pictures
+        except (av.FFmpegError, IndexError, OSError, ValueError) as error:  # IndexError: sound without pictures
             raise ValueError(f"background {file} is not readable as video: {error}") from error
     if not clip:
         raise ValueError(f"background {video} holds no frames; remove it")

@@ -208,8 +208,8 @@ class Log:
         return age, names
 
     def write(self, steps, values):
-        """One line of {name: float} at an environment step."""
-        strict = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
+        """One line of {name: int or float} at an environment step."""
+        strict = {name: x if math.isfinite(x) else None for name, x in values.items()}
         end = os.fstat(self.file.fileno()).st_size
         try:
             write_all(self.file, (json.dumps({"steps": steps, **strict}) + "\n").encode())

@@ -1,0 +1,463 @@
+"""A run that is stopped, killed, starved or fed with damaged files: nothing is lost, and one line says what happened."""
+
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import flat, lines
+
+import envs
+import runs
+import train
+from agent import Agent
+from replay import Replay
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--device cpu --num-envs 1 --eval-episodes 1 --first-updates 3 --log-every 2 --batch-size 3 --batch-length 6 "
+        "--horizon 2 --mpc-iterations 0 --channels 1 --units 8 --hidden 8 --d-h 8 --d-c 4 --d-f 8").split()  # fmt: skip
+TOY = [*TINY, *"--task toy --prefill 100 --updates-per-1000 30 --eval-every 100 --capacity 300".split()]
+FINGER = [*TINY, *"--task finger_spin --prefill 500 --updates-per-1000 6 --eval-every 1000 --capacity 1100".split()]
+
+
+def run(*options):
+    train.main(train.parse([*map(str, options)]))
+
+
+def assert_equal_runs(first, second):
+    """Parameters, optimisers, generators, metrics lines and what the replay holds, bit for bit."""
+    a, b = (runs.load_checkpoint(folder) for folder in (first, second))
+    for state in (a, b):
+        state["config"].update(name="", steps=0)
+    episodes = a["replay"]["episodes"]
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    assert [path for path in a if not np.array_equal(a[path], b[path])] == []
+    assert lines(first) == lines(second)
+    for path in (first / "replay").glob("*.npy"):
+        x, y = (np.load(folder / "replay" / path.name, mmap_mode="r") for folder in (first, second))
+        for start, rows, _ in episodes:
+            assert np.array_equal(x[start : start + rows], y[start : start + rows]), path.name
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working directory with a finished run of 500 steps, runs/whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("reliability"))
+        run(*TOY, "--steps", 500, "--name", "whole")
+        yield Path.cwd()
+
+
+@pytest.fixture
+def copy(home, request):
+    """A copy of runs/whole of its own."""
+    folder = Path("runs") / f"copy-{request.node.name.replace('[', '-').rstrip(']')}"
+    shutil.copytree("runs/whole", folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def failure(action, capsys, program="train.py"):
+    """The exit code and the one line with which the program ends where `action` raises."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        try:
+            action()
+        except (Exception, KeyboardInterrupt) as error:
+            runs.fail(program, error)
+    said = capsys.readouterr().err.splitlines()
+    assert "Traceback" not in "\n".join(said)
+    return exit.value.code, said[-1]
+
+
+# ---- 1. Resuming ----
+
+
+def test_finger_spin_resumed_equals_uninterrupted(home):
+    """Simulator, camera, procedural background and missing data go on bit for bit."""
+    run(*FINGER, "--steps", 2000, "--name", "finger")
+    run(*FINGER, "--steps", 1000, "--name", "finger-halves")
+    run("--resume", "runs/finger-halves", "--steps", 2000)
+    assert runs.load_checkpoint("runs/finger")["updates"] > 3
+    assert_equal_runs(Path("runs/finger"), Path("runs/finger-halves"))
+
+
+def test_resumed_within_the_interval_of_a_log_line(home):
+    """The updates since the last line are part of the next one's means: 100 steps make an odd number of updates."""
+    run(*TOY, "--steps", 200, "--name", "halves")
+    assert runs.load_checkpoint("runs/halves")["log"]["pending"]
+    run("--resume", "runs/halves", "--steps", 500)
+    assert_equal_runs(Path("runs/whole"), Path("runs/halves"))
+
+
+def test_equal_seeds_give_equal_runs(home):
+    run(*TOY, "--steps", 500, "--name", "again", "--deterministic")
+    a, b = (flat(runs.load_checkpoint(Path("runs") / name)["agent"]) for name in ("whole", "again"))
+    assert [path for path in a if not np.array_equal(a[path], b[path])] == []
+    assert lines(Path("runs/whole")) == lines(Path("runs/again"))
+    torch.use_deterministic_algorithms(False)
+
+
+def test_killed_25_times_at_any_moment_equals_uninterrupted(home):
+    """SIGKILL at random moments, half of the time with slowed writes: also into a checkpoint, the replay, an evaluation."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def killer(kills, name):
+        command = [sys.executable, ROOT / "tests" / "killer.py", "1", str(kills), *TOY, "--steps", "800", "--name", name]
+        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+    assert killer(0, "unharmed")["status"] == 0
+    report = killer(25, "killed")
+    assert report["status"] == 0
+    assert sum(kill["killed"] for kill in report["kills"]) >= 20
+    reached = [kill["progress"] for kill in report["kills"]]
+    assert reached == sorted(reached), "a checkpoint was lost"
+    assert_equal_runs(Path("runs/unharmed"), Path("runs/killed"))
+
+
+def test_a_run_without_a_checkpoint_starts_over(home):
+    shutil.copytree("runs/whole", "runs/early")
+    for path in Path("runs/early").glob("checkpoint*"):
+        path.unlink()
+    run("--resume", "runs/early")
+    assert_equal_runs(Path("runs/whole"), Path("runs/early"))
+
+
+def test_tensorboard_forgets_what_came_after_the_checkpoint(copy):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.copy(copy / "checkpoint.previous.pt", copy / "checkpoint.pt")
+    run("--resume", copy)
+    events = EventAccumulator(str(copy)).Reload()
+    assert [event.step for event in events.Scalars("eval_return")] == [100, 200, 300, 400, 500]
+
+
+def test_the_ring_keeps_what_a_checkpoint_may_go_back_to(tmp_path):
+    fields = {"x": ((), "int64")}
+    replay = Replay(tmp_path, fields, capacity=100, spare=60)
+    for number in range(20):
+        replay.add({"x": np.full(10, number)})
+    assert len(replay) == 100
+    state = replay.state_dict()
+    for number in range(20, 26):
+        replay.add({"x": np.full(10, number)})
+    replay = Replay(tmp_path, fields, capacity=100, spare=999)
+    assert replay.load_state_dict(state) == 0 and len(replay) == 100
+    assert set(replay.sample(500, 1, np.random.default_rng(0))["x"].ravel()) == set(range(10, 20))
+    for number in range(20, 27):
+        replay.add({"x": np.full(10, number)})
+    assert replay.load_state_dict(state) == 1 and len(replay) == 90
+
+
+# ---- 2. Signals ----
+
+
+def children(pid):
+    with suppress(FileNotFoundError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def alive(pid):
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_process_group_leaves_a_checkpoint_and_no_process(home, number, code):
+    """As a scheduler or a terminal sends it: workers get it, too."""
+    name, log = f"signal-{number}", Path(f"signal-{number}.log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *TOY, "--steps", "1000000", "--name", name], start_new_session=True,
+            stderr=file, stdout=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        folder, patience = Path("runs") / name, time.monotonic() + 100
+        while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 5:
+            assert process.poll() is None and time.monotonic() < patience, log.read_text()
+            time.sleep(0.05)
+        workers = children(process.pid)
+        os.killpg(process.pid, number)
+        started = time.monotonic()
+        assert process.wait(timeout=60) == code
+        while any(alive(pid) for pid in workers):
+            assert time.monotonic() < started + 5
+            time.sleep(0.02)
+    assert len(workers) == 2
+    said = log.read_text()
+    assert "Traceback" not in said and said.splitlines()[-1].startswith(f"train.py: stopped by {signal.Signals(number).name}")
+    assert not [entry for entry in os.listdir("/dev/shm") if str(process.pid) in entry]
+    state = runs.load_checkpoint(folder)
+    assert state["updates"] >= max(line.get("updates", 0) for line in lines(folder)) > 0
+    steps = (state["steps"] // 100 + 1) * 100
+    run("--resume", folder, "--steps", steps)
+    assert runs.load_checkpoint(folder)["steps"] == steps
+
+
+def stop_at(monkeypatch, owner, method, call, number=signal.SIGTERM):
+    """Sends this process a signal in the midst of the n-th call of a method."""
+    original, calls = getattr(owner, method), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, wrapped)
+
+
+def test_stopped_in_an_update_nothing_learned_or_seen_is_lost(home, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
+        stop_at(patch, Agent, "update", 5)
+        run(*TOY, "--steps", 500, "--name", "stopped")
+    state = runs.load_checkpoint("runs/stopped")
+    assert state["updates"] == 5 and state["steps"] % 100 > 0
+    rows = sum(rows for _, rows, _ in state["replay"]["episodes"])
+    assert rows == state["steps"] + 2  # an episode of 101 rows, and the one under way
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run("--resume", "runs/stopped")
+    numbers = [line["updates"] for line in lines(Path("runs/stopped")) if "kl" in line]
+    assert numbers == list(range(2, numbers[-1] + 1, 2)), "a line is missing or doubled"
+    evaluations = [line["steps"] for line in lines(Path("runs/stopped")) if "eval_return" in line]
+    assert [steps // 100 for steps in evaluations] == [1, 2, 3, 4, 5]
+
+
+def test_stopped_in_an_evaluation_it_is_made_up_for(home, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
+        stop_at(patch, train, "run_episodes", 3, signal.SIGINT)
+        run(*TOY, "--steps", 500, "--name", "unevaluated")
+    state = runs.load_checkpoint("runs/unevaluated")
+    assert (state["steps"], state["evaluated"]) == (300, 200)
+    run("--resume", "runs/unevaluated")
+    evaluations = [line["steps"] for line in lines(Path("runs/unevaluated")) if "eval_return" in line]
+    assert evaluations == [100, 200, 300, 400, 500]
+
+
+# ---- 3. Faults ----
+
+
+@pytest.mark.parametrize("harm, said", [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not answered for 1 s")])
+def test_a_worker_killed_or_hung_ends_the_run_with_a_checkpoint(home, monkeypatch, capsys, harm, said):
+    monkeypatch.setattr(envs.Workers, "TIMEOUT", 1)
+    original, calls = Agent.update, []
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(min(child.pid for child in multiprocessing.active_children()), harm)
+        return original(*args)
+
+    name = f"harmed-{int(harm)}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Agent, "update", update)
+        code, line = failure(lambda: run(*TOY, "--steps", 500, "--name", name), capsys)
+    assert code == 1 and said in line
+    assert runs.load_checkpoint(f"runs/{name}")["updates"] == 5
+    assert multiprocessing.active_children() == []
+    run("--resume", f"runs/{name}", "--steps", 200)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "replay", "video"])
+def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, what):
+    """/dev/full takes the place of a file: it refuses every byte as a full disk does."""
+    before = (copy / "checkpoint.pt").read_bytes()
+    if what == "checkpoint":
+        os.symlink("/dev/full", copy / "checkpoint.new.pt.tmp")
+    elif what == "video":
+        os.symlink("/dev/full", copy / "video-00000600.mp4.tmp")
+    else:
+        original = Replay.add
+
+        def add(self, episode):
+            self.columns["camera"].file = open("/dev/full", "r+b", buffering=0)
+            original(self, episode)
+
+        monkeypatch.setattr(Replay, "add", add)
+    code, line = failure(lambda: run("--resume", copy, "--steps", 600), capsys)
+    assert code == 1 and "No space left on device" in line and "--resume" in line
+    assert (copy / "checkpoint.pt").read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.chdir(copy.parent.parent)
+    for path in copy.glob("*.tmp"):
+        path.unlink()
+    run("--resume", copy, "--steps", 600)
+
+
+def test_a_metrics_line_is_written_whole_or_not_at_all(copy):
+    before = (copy / "metrics.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(runs.Log(copy, 0)) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                log.write(1, {"train_return": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_on_a_small_disk(home, tmp_path, capfd):
+    """A real one: a tmpfs of two megabytes fills up, is made larger, and the run goes on."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed")
+    try:
+        command = [sys.executable, ROOT / "train.py"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        options = [*TOY, "--steps", "600", "--name", "small", "--capacity", "1000"]
+        process = subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert process.returncode == 1, process.stderr
+        assert "Traceback" not in process.stderr
+        assert "No space left on device" in process.stderr.splitlines()[-1]
+        json.loads((tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()[-1])
+        state = runs.load_checkpoint(tmp_path / "runs/small")
+        assert state["steps"] > 0
+        subprocess.run(["mount", "-o", "remount,size=20m", tmp_path], check=True)
+        process = subprocess.run(
+            [*command, "--resume", "runs/small"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr
+        assert runs.load_checkpoint(tmp_path / "runs/small")["steps"] == 600
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, capsys):
+    data = bytearray((copy / "checkpoint.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "checkpoint.pt").write_bytes(data)
+    run("--resume", copy)
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+    assert_equal_runs(Path("runs/whole"), copy)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (copy / name).write_bytes((copy / name).read_bytes()[:-100])
+    code, line = failure(lambda: run("--resume", copy, "--steps", 600), capsys)
+    assert code == 2 and "checkpoint.pt is damaged" in line and "put back a copy" in line
+
+
+def test_no_flipped_bit_of_a_checkpoint_goes_unnoticed(home, tmp_path):
+    whole = Path("runs/whole/checkpoint.pt").read_bytes()
+    expected, path = flat(runs.read_checkpoint(Path("runs/whole/checkpoint.pt"))), tmp_path / "checkpoint.pt"
+    draw, noticed = random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        try:
+            state = flat(runs.read_checkpoint(path))
+        except ValueError:
+            noticed += 1
+            continue
+        assert state.keys() == expected.keys()
+        assert all(np.array_equal(state[key], expected[key]) for key in state)  # a bit between the records
+    assert noticed > 50
+
+
+class Payload:
+    """What unpickling this would create must never appear."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle"])
+def test_a_checkpoint_from_a_stranger_runs_no_code(copy, tmp_path, capsys, kind):
+    state = runs.load_checkpoint(copy) | {"rng": Payload(tmp_path / "executed")}
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        torch.save(state, copy / name) if kind == "zip" else (copy / name).write_bytes(pickle.dumps(state))
+    code, line = failure(lambda: run("--resume", copy), capsys)
+    assert code == 2 and "is damaged" in line
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "garbage"])
+def test_a_damaged_replay_is_refused(copy, capsys, harm):
+    path, before = copy / "replay" / "camera.npy", (copy / "checkpoint.pt").read_bytes()
+    if harm == "truncated":
+        os.truncate(path, 100_000)
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"no array" * 100)
+    code, line = failure(lambda: run("--resume", copy, "--steps", 600), capsys)
+    assert code == 2 and "camera.npy is" in line
+    assert (copy / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(home, capsys):
+    code, line = failure(lambda: run(*TOY, "--steps", 500, "--name", "diverged", "--model-lr", "1e30"), capsys)
+    assert code == 1 and "not finite" in line and "actor_loss" in line
+    batch = torch.load("runs/diverged/batch.pt", weights_only=True)
+    assert batch["reward"].shape == (6, 3)
+    assert math.isfinite(sum(x.sum() for x in runs.load_checkpoint("runs/diverged")["agent"]["model"].values()))
+
+
+def test_a_run_in_use_is_refused(copy, capsys):
+    with closing(runs.Log(copy, 0)):
+        code, line = failure(lambda: run("--resume", copy, "--steps", 600), capsys)
+    assert code == 2 and "in use by another process" in line
+    run("--resume", copy, "--steps", 600)
+
+
+def test_out_of_memory_says_what_to_lower(capsys):
+    for allocate in (lambda: torch.empty(2**55, dtype=torch.uint8), lambda: np.empty(2**55, np.uint8)):
+        code, line = failure(allocate, capsys)
+        assert code == 1 and "lower --batch-size" in line
+    code, line = failure(lambda: (_ for _ in ()).throw(torch.AcceleratorError("CUDA error: unspecified launch failure")), capsys)
+    assert code == 1 and "the GPU failed" in line and "--resume" in line
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shape"):
+        try:
+            torch.zeros(2) @ torch.zeros(3)
+        except RuntimeError as error:
+            error = RuntimeError("shape mismatch")
+            runs.fail("train.py", error)
+
+
+# ---- 4. Configurations ----
+
+
+def test_the_configuration_is_strict_json(home):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = Path("runs/whole/config.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["absent_logit"] == "-inf"
+    assert train.load_config("runs/whole").absent_logit == -math.inf
+    for line in Path("runs/whole/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"task": "toy", "speed": 3}', "has 'speed', which this version does not know"),
+    ('{"d_h": "many"}', "has d_h 'many', which is no int"),
+    ('{"sample_s_f": 1}', "which is no bool"),
+    ("[1]", "holds no configuration"),
+    ('{"task":', "is damaged"),
+])  # fmt: skip
+def test_a_foreign_configuration_is_refused(tmp_path, monkeypatch, capsys, text, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    code, line = failure(lambda: train.parse(["--resume", "."]), capsys)
+    assert code == 2 and said in line
