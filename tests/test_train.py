@@ -100,6 +100,22 @@ def test_another_seed_gives_another_run(folder):
     assert lines(folder)[0] != lines(folder.parent / "other")[0]
 
 
+def test_evaluations_are_on_unseen_backgrounds_and_without_exploration(tmp_path, monkeypatch):
+    """Those during training and those of evaluate.py. The environments and the agent run as they are, and are listened to."""
+    splits, explored = [], []
+    make, act = envs.make_vector_env, train.Agent.act
+    monkeypatch.setattr(envs, "make_vector_env", lambda *a, **k: (splits.append(k.get("split", "train")), make(*a, **k))[1])
+    monkeypatch.setattr(train.Agent, "act", lambda *a, **k: (explored.append(a[-1]), act(*a, **k))[1])
+    monkeypatch.chdir(tmp_path)
+    run("--steps", "200", "--prefill", "200", "--updates-per-1000", "0", "--first-updates", "1")
+    assert splits == ["train", "eval"]
+    assert set(explored) == {False}, "the only episodes were random, or evaluations"
+    splits.clear()
+    evaluate.main(evaluate.Options(runs=("runs/toy-mummi-1",), episodes=1, rates=("None",)))
+    assert splits == ["eval"]
+    assert set(explored) == {False}
+
+
 def test_evaluation_prints_and_writes_the_table(folder, capsys):
     evaluate.main(evaluate.Options(runs=(str(folder),), episodes=2, calibration=True, video=True))
     printed = capsys.readouterr().out
@@ -114,11 +130,37 @@ def test_evaluation_prints_and_writes_the_table(folder, capsys):
     assert (folder / "evaluation-High.mp4").exists()
 
 
+@pytest.mark.table(1)
 def test_evaluation_shows_the_papers_figures_beside_ours():
     cells = {("finger_spin", "rgb+depth+touch", "High"): {"mummi": dict(mean=900, std=10, seeds=3, episodes=30)}}
     assert "| 900.0 ± 10.0 [929.1 ± 20.8] |" in evaluate.markdown(cells, {})
     cells = {("finger_spin", "rgb+depth", "High"): cells.popitem()[1]}
     assert "[" not in evaluate.markdown(cells, {}), "the paper removes no sensor in Table I"
+
+
+@pytest.mark.table(1)
+def test_the_papers_table_1_is_whole():
+    table = json.loads(evaluate.PAPER.read_text())["Table I"]
+    assert set(table) == set(envs.SUITE)
+    for rows in table.values():
+        assert set(rows) == set(evaluate.RATES)
+        for row in rows.values():
+            assert set(row) == {"mummi", "mummi_b", "cvrl", "dreamer"}
+            assert row["mummi"][0] == max(mean for mean, _ in row.values()), "bold in the paper"
+
+
+@pytest.mark.table(2)
+def test_table_2_is_what_removing_the_workspace_camera_leaves():
+    table = json.loads(evaluate.PAPER.read_text())["Table II"]
+    sensors = ["workspace", "robot"]
+    options = [evaluate.Options(runs=("a",), remove=remove) for remove in ((), ("workspace",))]
+    kept = [evaluate.sensor_subsets(option, sensors)[0] for option in options]
+    assert set(table) == {"+".join(names) for names in kept}
+    for names in kept:
+        for missing in ("Medium", "None"):
+            assert set(table["+".join(names)][missing]) == {"mummi", "mummi_b", "mssm_e"}
+    assert evaluate.paper_cell("table_wiping", "robot", "None", "mssm_e") == [60.4, 98.2]
+    assert evaluate.paper_cell("table_wiping", "robot", "High", "mssm_e") is None
 
 
 BAD = {
