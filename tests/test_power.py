@@ -41,13 +41,14 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mssm.test_the_mask_has_one_column_a_modality_in_their_order),
     ("missing not zero-filled", mssm.MSSM.fuse, "features * present.unsqueeze(-1)", "features",
      test_mssm.test_concatenation_has_zeros_where_missing),
-    ("prior for posterior", mssm.MSSM.posterior, "mean = torch.where(observed, mean, prior_mean)", "mean = prior_mean",
+    ("prior for posterior", mssm.MSSM.posterior, "torch.where(observed.unsqueeze(-1), posterior, prior)", "prior",
      test_mssm.test_posterior_is_one_layer_of_the_code_and_h_together),
-    ("not the prior when nothing is present", mssm.MSSM.posterior, "torch.where(observed, std, prior_std)", "std",
+    ("not the prior when nothing is present", mssm.MSSM.posterior, "torch.where(observed.unsqueeze(-1), posterior, prior)",
+     "posterior",
      test_mssm.test_nothing_present_leaves_exactly_the_prior),
-    ("action shifted by one", mssm.MSSM.observe, "action[t])", "action[t - 1])",
+    ("action shifted by one", mssm.MSSM.observe, "zip(action, from_s_f,", "zip(action.roll(1, 0), from_s_f,",
      test_mssm.test_h_depends_on_the_action_that_led_to_it),
-    ("a look into the future", mssm.MSSM.observe, "from_s_f[t]", "from_s_f[-1]",
+    ("a look into the future", mssm.MSSM.observe, "zip(action, from_s_f,", "zip(action, from_s_f.flip(0),",
      test_mssm.test_the_posterior_does_not_see_the_future),
     ("depth not clipped", mssm.normalise, ".clamp(0, MAX_DEPTH)", "",
      test_mssm.test_normalise_scales_each_kind_of_observation),
@@ -133,11 +134,12 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
 
     # Replay
-    ("sequences across episodes", replay.Replay.sample, "rows - length + 1", "rows",
+    ("sequences across episodes", replay.Replay.choose, "rows - length + 1", "rows",
      test_replay.test_every_window_is_as_likely_as_any_other),
     ("overwritten episodes kept", replay.Replay.add, "e[0] + e[1] <= first or", "True or",
      test_replay.test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged),
-    ("overwritten episodes restored", replay.Replay.load_state_dict, "== serial).all()", "== serial).any()",
+    ("overwritten episodes restored", replay.Replay.load_state_dict,
+     "np.array_equal(serials[start : start + rows], np.full(rows, serial))", "serial in serials[start : start + rows]",
      test_replay.test_reopened_it_does_not_draw_what_was_overwritten_since),
 ]  # fmt: skip
 CHOSEN = dict(method="mummi", steps=501, rate=0.375, max_length=14)  # for a test that runs for several

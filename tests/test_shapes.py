@@ -35,6 +35,7 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (mssm.gaussian, {}),
     (mssm.sample, {}),
     (mssm.product_of_experts, {}),
+    (mssm.gru, {}),
     (model.transition, dict(state=start)),
     (model.prior, {}),
     (model.fused_prior, {}),
@@ -63,15 +64,15 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
 ]
 BY_HAND = {  # take or return states and dictionaries: the last tests
     "normalise", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.encode", "MSSM.fuse", "MSSM.observe",
-    "Agent.update", "Agent.act", "Agent.forget", "Agent.plan", "Replay.add", "Replay.record", "Replay.sample",
-    "shared_terms",
+    "Agent.update", "Agent.act", "Agent.forget", "Agent.plan", "Column.read", "Column.write", "Replay.add",
+    "Replay.record", "Replay.sample", "Replay.choose", "Replay.buffers", "Replay.read", "shared_terms",
 }  # fmt: skip
 
 
 def sizes(shape):
     """'(M, ..., 2 D)' as a tuple of numbers."""
     result = []
-    for dimension in shape.strip("()").replace("2 D", "2 * D").split(","):
+    for dimension in re.sub(r"(\d) D", r"\1 * D", shape.strip("()")).split(","):
         dimension = dimension.strip()
         if dimension in ("...", "*event"):
             result += ELLIPSIS if dimension == "..." else EVENT
@@ -94,10 +95,12 @@ def parse(function):
     documentation, parameters = inspect.getdoc(function), list(inspect.signature(function).parameters)
     inputs, output = {}, None
     for row in filter(None, map(ROW.match, documentation.splitlines())):
-        if row[1] == "returns":
+        named = row[1].split(", ")
+        if named[-1] == "returns":
             output = row[2]
-        elif row[2][0] in "({":
-            inputs |= {name: random_like(name, row[2]) for name in row[1].split(", ")}
+            named.pop()
+        if row[2][0] in "({":
+            inputs |= {name: random_like(name, row[2]) for name in named}
     if output is None:  # one line: shapes -> shapes, or "all" of one shape
         before, arrow, output = documentation.partition("->")
         shapes = SHAPE.findall(before)
@@ -193,4 +196,9 @@ def test_shapes_of_what_the_replay_keeps(tmp_path):
     for t in range(L):
         episodes = store.record({"x": np.zeros((B, D), np.float32)}, np.full(B, t == L - 1))
     assert [episode["x"].shape for episode in episodes] == [(L, D)] * B
-    assert store.sample(B, T, np.random.default_rng(0))["x"].shape == (T, B, D)
+    first, buffers = store.choose(B, T, np.random.default_rng(0)), store.buffers(B, T)
+    assert first.shape == (B,) and buffers["x"].shape == (B, T, D)
+    assert store.read(first, buffers)["x"].shape == store.sample(B, T, np.random.default_rng(0))["x"].shape == (T, B, D)
+    store.columns["x"].write(7, np.ones((L, D), np.float32))
+    store.columns["x"].read(7, rows := np.zeros((L, D), np.float32))
+    assert (rows == 1).all()
