@@ -153,6 +153,7 @@ def actor_loss(returns, weight):
     """Eq. (18): max over eta of E[sum of V_lambda(z)], as a mean to be minimised.
 
     returns, weight  (H, N)  weight[t] = discount^t, [code]
+    returns          ()
     """
     return -(weight * returns).mean()
 
@@ -161,6 +162,7 @@ def critic_loss(value, returns, weight):
     """Eq. (18): min over psi of E[sum of 1/2 || v(z) - V_lambda(z) ||^2], as a mean.
 
     value, returns, weight  (H, N)  the returns are targets: no gradient flows into them
+    returns                 ()
     """
     return (weight * 0.5 * (value - returns.detach()).square()).mean()
 

@@ -27,7 +27,8 @@ import tyro
 import envs as environments
 import wiping
 from methods import METHODS
-from runs import load_checkpoint, write_video
+from pictures import write_video
+from runs import load_checkpoint
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 TABLE_II = ("Medium", "None")
@@ -48,7 +49,7 @@ class Options:
     seed: int = 1000  # of the episodes, the same for every run
     output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs ./evaluation
     randomize: bool = False  # table_wiping with domain randomisation, as in training
-    video: bool = False  # write <output>-<rate>.mp4: the first episode as the agent sees it
+    video: bool = False  # write <output>-<rate>.mp4: the first episode: sensors, actions, reward
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -90,7 +91,8 @@ def evaluate_run(folder, config, agent, options):
         if options.calibration and config.method in ("mummi", "mummi_b", "mssm_e") and len(kept) > 1:
             records[-1]["calibration"] = calibration(agent, seen, kept)
         if options.video:
-            write_video(output_path(options).with_name(f"{output_path(options).name}-{rate}.mp4"), seen)
+            path, some = output_path(options), kept if len(kept) < len(sensors) else ()
+            write_video(path.with_name("-".join([path.name, rate, *some]) + ".mp4"), seen)
     return records
 
 

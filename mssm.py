@@ -267,7 +267,7 @@ def product_of_experts(mean, std, present, power=2):
 
 
 class MSSM(nn.Module):
-    """The generative model of Eq. (6) and its inference network, Eq. (11).
+    """The generative model of Eq. (6) and its inference network, Eq. (11): Fig. 2.
 
     modalities   {name: shape}; (64, 64, C) is an image, (D,) a vector. Their order is that of
                  `present` everywhere.
@@ -332,7 +332,7 @@ class MSSM(nn.Module):
     # -- generative model --
 
     def transition(self, state, action):
-        """Eq. (9): h_t = g(h_t-1, s^c_t-1, a_t-1). State of (..., D), action (N, A) -> (N, D_h)."""
+        """Eq. (9): h_t = g(h_t-1, s^c_t-1, a_t-1). State of (N, D), action (N, A) -> (N, D_h)."""
         x = F.elu(self.transition_in(torch.cat([state.s_c, action], -1)))
         return gru(self.gru_x(x), self.gru_h(state.h), state.h)
 

@@ -45,7 +45,7 @@ def gaussian_kl(mean_q, std_q, mean_p, std_p):
 
 
 def mean_over(x, present):
-    """Mean of x (N,) over the rows where present (N,); 0 if there are none."""
+    """Mean of x over the rows where present; 0 if there are none. (N,), (N,) -> ()"""
     return torch.where(present, x, 0.0).sum() / present.sum().clamp(min=1)
 
 
@@ -53,7 +53,7 @@ def mean_over(x, present):
 
 
 def log_density_ratio(code, expert_mean):
-    """Eq. (16): log f[i, j] = -|| mu^m(x_j) - g(z_i) ||^2, the density ratio of Eq. (14).
+    """Eq. (16): log f[i, j] = -|| mu^m(x_j) - g(z_i) ||^2, the density ratio of Eq. (14): Fig. 3.
 
     code         (N, D_f)  g(z_i) of latent i, a row
     expert_mean  (N, D_f)  mu^m(x_j) of observation j, a column; the fused mean gives f_b (MuMMI-b)

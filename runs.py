@@ -1,4 +1,4 @@
-"""The folder of a run: configuration, metrics, checkpoints, videos; and what may cut a run short.
+"""The folder of a run: configuration, metrics, checkpoints; and what may cut a run short.
 
 Whatever is written is whole: a file appears under its name only once it is on disk. A run that is killed
 at any moment goes on from its last checkpoint.
@@ -17,13 +17,13 @@ import math
 import os
 import pickle
 import signal
+import struct
 import sys
 import zipfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -224,6 +224,16 @@ class Log:
         for name, value in values.items():
             self.board.add_scalar(name, value, steps)
 
+    def show_pictures(self, steps, pictures, video):
+        """In TensorBoard: {name: (height, width, 3) uint8}, and a GIF's bytes, which it plays."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for name, picture in pictures.items():
+            self.board.add_image(name, picture, steps, dataformats="HWC")
+        width, height = struct.unpack("<HH", video[6:10])
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video)
+        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="video", image=image)]), steps)
+
     def show(self, steps):
         """Move the bar."""
         self.bar.set_postfix(self.latest, refresh=False)
@@ -340,45 +350,3 @@ def load_checkpoint(folder):
         raise ValueError(f"{Path(folder) / 'checkpoint.pt'} is missing: give the folder of a run that has reached its "
                          "first evaluation")  # fmt: skip
     return read_checkpoint(path)
-
-
-# ---- 5. Videos -----------------------------------------------------------------------------------
-
-
-def panel(name, x, present):
-    """One modality as a picture (64, 64, 3) uint8: colour, depth in grey, a vector as bars, or a cross."""
-    if not present:
-        cross = np.eye(64, dtype=bool) | np.eye(64, dtype=bool)[::-1]
-        return np.repeat(np.where(cross, 90, 0).astype(np.uint8)[..., None], 3, axis=-1)
-    if x.dtype == np.uint8:
-        return x
-    if x.ndim == 3:  # metres: near is white, nothing within 10 m black
-        grey = (255 * (1 - x / 10)).astype(np.uint8)
-        return np.repeat(grey, 3, axis=-1)
-    bars = np.full((64, 64, 3), 30, np.uint8)
-    for i, value in enumerate(x / 8 if name == "touch" else x):  # touch: 8 is 3,000 newtons
-        left, right = 64 * i // len(x) + 2, 64 * (i + 1) // len(x) - 2
-        bars[63 - int(63 * np.clip(value, 0, 1)) :, left:right] = (90, 200, 120)
-    return bars
-
-
-def write_video(path, seen, fps=20):
-    """What the first of the agents saw, one panel a modality, crossed out where missing, as an MP4.
-
-    seen  one dictionary of (num_envs, ...) a step, from `run_episodes`
-    """
-    import av
-
-    data = io.BytesIO()
-    with av.open(data, "w", format="mp4") as container:
-        stream = None
-        for observation in seen:
-            names = [name for name in observation if name != "present"]
-            panels = [panel(name, observation[name][0], observation["present"][0, m]) for m, name in enumerate(names)]
-            picture = np.concatenate(panels, 1).repeat(4, 0).repeat(4, 1)
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
-                stream.height, stream.width = picture.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode())
-    write_file(path, data.getbuffer())

@@ -207,7 +207,7 @@ def draw(world, sensors, spaces, numbers):
     *halves, key = figure.subfigures(1, 3, width_ratios=[7, 7, 1.4], wspace=0.04)
     for half, (method, space) in zip(halves, spaces.items()):
         n = numbers[method]
-        half.suptitle(f"{method}, Eq. {'(10)' if method == 'ELBO' else '(17)'}", fontweight="bold")
+        half.suptitle(f"{method}, " + ("Eq. (10)" if method == "ELBO" else "Eq. (17)"), fontweight="bold")
         axes = half.subplots(2, 3)
         transfer = [n[f"R2 of position by nearest expert means, {pair}"] for pair in (f"{b} -> {a}", f"{a} -> {b}")]
         titles = [f"{name}'s expert\nread as the other's: $R^2$ {r:.2f}" for name, r in zip(sensors, transfer)]

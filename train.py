@@ -8,7 +8,8 @@ sequences drawn from the replay. Everything a run leaves is in its folder, `runs
     checkpoint.pt    after every evaluation and at SIGTERM or Ctrl-C; `--resume runs/<name>` goes on
                      from there; checkpoint.previous.pt is the one before
     replay/          the collected episodes
-    video-*.mp4      what the agent saw in an evaluation episode
+    video-*.mp4      what the agent saw, did and got in an evaluation episode
+    events.out.*     the same and more pictures for `tensorboard --logdir runs`
 
 Evaluate it with `python evaluate.py runs/<name>`. Options end with their value in the paper, as
 in [Appendix B: 200], or, where it is silent, in the authors' released code, [code: 50]; [ours] has
@@ -44,9 +45,10 @@ from agent import Agent
 from envs import WorkerError
 from methods import METHODS
 from mssm import MSSM
+from pictures import gif, of_evaluation, write_video
 from replay import Replay
 from runs import (Log, Progress, StopSignals, Stopped, create_folder, fail, restore, save_checkpoint,
-                  write_config, write_video)  # fmt: skip
+                  write_config)  # fmt: skip
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
 
@@ -429,7 +431,7 @@ def run_episodes(agent, envs, seed, check=lambda: None):
     """One episode in each environment, without exploration or learning.
 
     check    called at every step: it may raise
-    returns  returns (num_envs,), and what the agents saw, one dictionary of (num_envs, ...) a step
+    returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step
     """
     observation, _ = envs.reset(seed=seeds(seed, count=envs.num_envs))
     memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
@@ -437,9 +439,10 @@ def run_episodes(agent, envs, seed, check=lambda: None):
     seen = []
     while running.any():
         check()
-        seen.append(observation)
         action, memory = act(agent, memory, observation, first, explore=False)
+        seen.append({**observation, "action": action})
         observation, reward, terminated, truncated, _ = envs.step(action)
+        seen[-1]["reward"] = reward * running
         total += reward * running
         running &= ~(terminated | truncated)
         first = np.zeros(envs.num_envs, bool)
@@ -550,6 +553,7 @@ def main(config):
                     log.write(progress.steps, {"updates": progress.updates, "eval_return": mean, "eval_std": std})
                     tqdm.write(f"step {progress.steps}: return {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
                     write_video(folder / f"video-{progress.steps:08}.mp4", seen)
+                    log.show_pictures(progress.steps, of_evaluation(agent.model, seen, config.method), gif(seen))
                     progress.evaluated = progress.steps
                     save()
             except (Stopped, WorkerError):

@@ -273,6 +273,7 @@ def test_imagination_starts_detached_and_the_policy_sees_no_gradient(monkeypatch
 # ---- 5. Actor and critic -------------------------------------------------------------------------
 
 
+@pytest.mark.fig(12, 13)
 def test_actor_and_critic_have_the_released_parameter_counts():
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert count(Actor(230, 2)) == 575_204 and count(Critic(230)) == 413_601

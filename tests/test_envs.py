@@ -614,6 +614,7 @@ def test_gymnasium_finds_no_fault(task):
     ("toy_two_cameras", {"front": (64, 64, 3), "rear": (64, 64, 3), "present": (2,)}),
     ("toy_xy", {"x": (1,), "y": (1,), "present": (2,)}),
 ])
+@pytest.mark.fig(4)
 def test_spaces(make, task, expected):
     env = make(task)
     space = env.observation_space

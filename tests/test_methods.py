@@ -40,6 +40,7 @@ def minus_distances(code, x):
     return -torch.cdist(code.double(), x.flatten(0, 1).double()).square()
 
 
+@pytest.mark.fig(3)
 @pytest.mark.eq(15, 16, 17)
 @pytest.mark.dev(5, 8)
 def test_mummi_sums_a_bound_for_each_expert():

@@ -164,6 +164,7 @@ def test_prior_of_the_fused_code_is_built_on_request_alone():
     assert mean.shape == std.shape == (T, B, D_F) and (std > 0.1).all()
 
 
+@pytest.mark.fig(2)
 @pytest.mark.eq(6)
 def test_given_its_latent_each_modality_and_each_step_is_independent():
     """Eq. (6): a step's latent explains that step alone, and each modality has its own decoder."""
@@ -386,18 +387,24 @@ def layers(net):
     return " ".join(words)
 
 
+@pytest.mark.fig(7, 8, 9, 10, 11, 14, 15, 16, 17, 18)
 def test_the_layers_are_those_of_the_figures():
     model = mssm.MSSM(MODALITIES, A, heads="decoders")
     assert layers(model.prior_net) == "200 ELU 60"  # Fig. 7
     assert layers(model.encoders["rgb"]) == "32x4 ReLU 64x4 ReLU 128x4 ReLU 256x4 ReLU"  # Fig. 8
     assert layers(model.encoders["touch"]) == "128 ReLU 128 ReLU 128 ReLU 1024 ReLU"  # Fig. 9
     assert layers(model.experts["depth"]) == "1024 ReLU 2048"  # Fig. 10
+    assert layers([model.posterior_s_f]) == layers([model.posterior_h]) == "200"  # Fig. 11, in two halves
+    assert layers([model.posterior_out]) == "60"
     assert layers(model.decoders["rgb"]) == "1024 128x5 ReLU 64x5 ReLU 32x6 ReLU 3x6"  # Fig. 16
     assert layers(model.decoders["depth"]) == "1024 128x5 ReLU 64x5 ReLU 32x6 ReLU 1x6"  # Fig. 17
     assert layers(model.decoders["touch"]) == "128 ReLU 128 ReLU 2"  # Fig. 18
     assert layers(model.reward_net) == "400 ELU 400 ELU 1"
     assert layers(tiny_model().code) == f"{D_F} ReLU"
     cvrl = mssm.MSSM(MODALITIES, A, "concatenate", "contrastive")
+    for name in MODALITIES:  # Fig. 14, 15: the same features, concatenated
+        assert layers(cvrl.encoders[name]) == layers(model.encoders[name])
+    assert cvrl.posterior_s_f.in_features == 3 * 1024
     assert layers(cvrl.project_x) == "400 ELU 200 ELU" and cvrl.project_x[0].in_features == 3072
     assert layers(cvrl.project_z) == "200 ELU 200 ELU" and cvrl.project_z[0].in_features == 230
 

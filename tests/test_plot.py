@@ -59,6 +59,7 @@ def test_seeds_without_common_steps_are_refused():
         plot.interpolate([(np.array([0.0, 100]), np.zeros(2)), (np.array([500.0, 600]), np.zeros(2))])
 
 
+@pytest.mark.fig(5)
 def test_seeds_are_pooled_to_mean_and_standard_deviation(tmp_path, monkeypatch):
     """What is drawn, taken from the figure: one panel a task, one line a method."""
     runs = [write_run(tmp_path / f"a{s}", [10.0 * s] * 5, seed=s, name=f"a{s}") for s in (1, 2, 3)]

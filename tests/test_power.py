@@ -9,20 +9,29 @@ import textwrap
 
 import pytest
 import test_agent
+import test_envs
 import test_methods
 import test_mssm
 import test_mummi_loss
 import test_replay
+import test_train
 
 import agent
+import envs
+import evaluate
 import methods
 import mssm
 import mummi_loss
 import replay
+import train
+
+make = test_envs.make  # the fixture that its tests ask for
 
 FAULTS = [  # name, function, its text, the fault, the test that must fail
     # Fusion and inference, Eq. (11)
     ("1/std for 1/std^2", mssm.product_of_experts, "std.pow(-power)", "std.pow(-1)",
+     test_mssm.test_product_of_experts_is_the_normalised_product_of_densities),
+    ("no 1/std^2: a plain mean", mssm.product_of_experts, "std.pow(-power)", "torch.ones_like(std)",
      test_mssm.test_product_of_experts_is_the_normalised_product_of_densities),
     ("absent experts kept", mssm.product_of_experts, " * present.unsqueeze(-1)", "",
      test_mssm.test_product_of_experts_drops_the_absent),
@@ -32,13 +41,14 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mssm.test_the_mask_has_one_column_a_modality_in_their_order),
     ("missing not zero-filled", mssm.MSSM.fuse, "features * present.unsqueeze(-1)", "features",
      test_mssm.test_concatenation_has_zeros_where_missing),
-    ("prior for posterior", mssm.MSSM.posterior, "mean = torch.where(observed, mean, prior_mean)", "mean = prior_mean",
+    ("prior for posterior", mssm.MSSM.posterior, "torch.where(observed.unsqueeze(-1), posterior, prior)", "prior",
      test_mssm.test_posterior_is_one_layer_of_the_code_and_h_together),
-    ("not the prior when nothing is present", mssm.MSSM.posterior, "torch.where(observed, std, prior_std)", "std",
+    ("not the prior when nothing is present", mssm.MSSM.posterior, "torch.where(observed.unsqueeze(-1), posterior, prior)",
+     "posterior",
      test_mssm.test_nothing_present_leaves_exactly_the_prior),
-    ("action shifted by one", mssm.MSSM.observe, "action[t])", "action[t - 1])",
+    ("action shifted by one", mssm.MSSM.observe, "zip(action, from_s_f,", "zip(action.roll(1, 0), from_s_f,",
      test_mssm.test_h_depends_on_the_action_that_led_to_it),
-    ("a look into the future", mssm.MSSM.observe, "from_s_f[t]", "from_s_f[-1]",
+    ("a look into the future", mssm.MSSM.observe, "zip(action, from_s_f,", "zip(action, from_s_f.flip(0),",
      test_mssm.test_the_posterior_does_not_see_the_future),
     ("depth not clipped", mssm.normalise, ".clamp(0, MAX_DEPTH)", "",
      test_mssm.test_normalise_scales_each_kind_of_observation),
@@ -48,6 +58,9 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mummi_loss.test_info_nce_equals_the_double_loop_when_some_are_absent),
     ("rows masked, not columns", mummi_loss.info_nce, "masked_fill(~present,", "masked_fill(~present.unsqueeze(1),",
      test_mummi_loss.test_what_is_absent_changes_no_bound),
+    ("a finite mask on the rows", mummi_loss.info_nce, "masked_fill(~present, absent_logit)",
+     "masked_fill(~present.unsqueeze(1), -100)",
+     test_mummi_loss.test_info_nce_equals_the_double_loop_when_some_are_absent),
     ("positives off by one step", mummi_loss.info_nce, "log_f.diagonal()", "log_f.roll(1, 1).diagonal()",
      test_mummi_loss.test_info_nce_equals_the_double_loop_when_some_are_absent),
     ("distances in bfloat16", mummi_loss.log_density_ratio, "enabled=False", "enabled=True",
@@ -60,6 +73,8 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mummi_loss.test_free_nats_apply_to_the_mean_kl_not_to_each_step),
     ("free nats per step, ELBO", mummi_loss.elbo_loss, "kl.mean().clamp(min=free_nats)", "kl.clamp(min=free_nats).mean()",
      test_mummi_loss.test_free_nats_apply_to_the_mean_kl_not_to_each_step),
+    ("rewards shifted by one step", methods.shared_terms, 'batch["reward"].flatten()', 'batch["reward"].roll(1, 0).flatten()',
+     test_methods.test_mummi_sums_a_bound_for_each_expert),
     ("absent modalities reconstructed", mummi_loss.elbo_loss, "torch.where(present[name], log_likelihood, 0.0)", "log_likelihood",
      test_mummi_loss.test_an_absent_modality_adds_no_likelihood),
     ("lambda^m dropped", mummi_loss.mummi_loss, "weights[name] *", "1.0 *",
@@ -104,15 +119,30 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
     ("MPC downhill", agent.Agent.plan, "(a + self.mpc_rate", "(a - self.mpc_rate",
      test_agent.test_mpc_raises_the_planned_return),
 
+    # What is missing, and what is seen in evaluation
+    ("28 % missing, not 37.5 %", envs.missing_schedule, "total = round(rate * steps)", "total = round(0.752 * rate * steps)",
+     test_envs.test_schedule_has_exactly_its_rate),
+    ("the released process, 28 % in fact", envs.make_env, "SCHEDULES[missing_process]", 'SCHEDULES["released"]',
+     test_envs.test_schedules_of_an_episode_are_exact_and_independent),
+    ("one set of scenes for both splits", envs.open_backgrounds, "SPLITS.index(split))", "0)",
+     test_envs.test_training_and_evaluation_scenes_are_disjoint),
+    ("training's backgrounds in training's evaluation", train.main, 'split="eval"', 'split="train"',
+     test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
+    ("training's backgrounds in evaluate.py", evaluate.evaluate_run, 'split="eval"', 'split="train"',
+     test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
+    ("exploration in evaluation episodes", train.run_episodes, "explore=False", "explore=True",
+     test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
+
     # Replay
-    ("sequences across episodes", replay.Replay.sample, "rows - length + 1", "rows",
+    ("sequences across episodes", replay.Replay.choose, "rows - length + 1", "rows",
      test_replay.test_every_window_is_as_likely_as_any_other),
     ("overwritten episodes kept", replay.Replay.add, "e[0] + e[1] <= first or", "True or",
      test_replay.test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged),
-    ("overwritten episodes restored", replay.Replay.load_state_dict, "== serial).all()", "== serial).any()",
+    ("overwritten episodes restored", replay.Replay.load_state_dict,
+     "np.array_equal(serials[start : start + rows], np.full(rows, serial))", "serial in serials[start : start + rows]",
      test_replay.test_reopened_it_does_not_draw_what_was_overwritten_since),
 ]  # fmt: skip
-CHOSEN = {"method": "mummi"}  # for a test that runs for several
+CHOSEN = dict(method="mummi", steps=501, rate=0.375, max_length=14)  # for a test that runs for several
 
 
 @pytest.mark.parametrize("function, text, fault, test", [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])

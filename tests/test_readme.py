@@ -151,7 +151,7 @@ def test_the_paper_to_code_table_names_things_where_they_are():
     """`file` `thing`: the thing is in that file."""
     rows = re.findall(r"^\| (?:Eq\.|Fig\.|Table) .*", (ROOT / "README.md").read_text(), re.MULTILINE)
     found = 0
-    for file, things in re.findall(r"`(\w+)\.py` ((?:`[\w.]+`(?:, )?)+)", "\n".join(rows)):
+    for file, things in re.findall(r"`(\w+)\.py` (`[\w.]+`(?:, `[A-Za-z_]+(?:\.(?!py)\w+)?`)*)", "\n".join(rows)):
         module = next(module for module in MODULES if module.__name__ == file)
         for thing in re.findall(r"`([\w.]+)`", things):
             owner, _, attribute = thing.partition(".")

@@ -7,28 +7,36 @@ in a one-line docstring are outputs. Inputs are built from the docstring alone.
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODALITIES
 
 import agent
+import methods
 import mssm
 import mummi_loss
+import replay
+import train
 
-SIZES = dict(T=2, B=5, M=3, hidden=8, A=7, H=11, N=13, D=17, D_h=19, D_c=23, D_z=19 + 23, D_f=29, D_x=32)
-ELLIPSIS, EVENT = (2, 5), (3, 7)  # ..., *event
+# Primes, all different, but for what is made of others: D_z = D_h + D_c, D_x = 32 channels.
+SIZES = dict(T=2, B=5, M=3, hidden=31, A=7, H=11, N=13, D=17, D_h=19, D_c=23, D_z=19 + 23, D_f=29, D_x=32, L=59)
+ELLIPSIS, EVENT = (2, 5), (37, 41)  # ... stands for T, B; *event
 SHAPE = re.compile(r"\((?:(?:\.\.\.|[A-Z*])[\w\s.,*-]*)?\)")  # (), (N,), (M, ..., D), (H - 1, N), (..., 2 D)
 ROW = re.compile(r"(\w+(?:, \w+)*)  +(\S.*)")
 BOOL = ("present", "observed")
 
-model = mssm.MSSM(MODALITIES, SIZES["A"], d_h=SIZES["D_h"], d_c=SIZES["D_c"], d_f=SIZES["D_f"], units=8, hidden=8,
+model = mssm.MSSM(MODALITIES, SIZES["A"], d_h=SIZES["D_h"], d_c=SIZES["D_c"], d_f=SIZES["D_f"], units=8, hidden=31,
                   channels=1, fused_prior=True)  # fmt: skip
 behaviour = agent.Agent(model, None, SIZES["A"], units=8, horizon=SIZES["H"])
 start = mssm.State(torch.randn(SIZES["N"], SIZES["D_h"]), torch.randn(SIZES["N"], SIZES["D_c"]))
 
 FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (mssm.gaussian, {}),
+    (mssm.sample, {}),
     (mssm.product_of_experts, {}),
+    (mssm.gru, {}),
+    (model.transition, dict(state=start)),
     (model.prior, {}),
     (model.fused_prior, {}),
     (model.latent, {}),
@@ -36,6 +44,7 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (model.posterior, {}),
     (mummi_loss.gaussian_log_prob, dict(event_dims=len(EVENT))),
     (mummi_loss.gaussian_kl, {}),
+    (mummi_loss.mean_over, {}),
     (mummi_loss.log_density_ratio, {}),
     (mummi_loss.log_inner_product, {}),
     (mummi_loss.info_nce, {}),
@@ -49,14 +58,21 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (behaviour.critic.forward, {}),
     (agent.imagine, dict(model=model, policy=behaviour.actor.sample, state=start, horizon=SIZES["H"])),
     (agent.lambda_return, dict(lambda_=0.5)),
+    (agent.actor_loss, {}),
+    (agent.critic_loss, {}),
     (behaviour.returns, {}),
 ]
+BY_HAND = {  # take or return states and dictionaries: the last tests
+    "normalise", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.encode", "MSSM.fuse", "MSSM.observe",
+    "Agent.update", "Agent.act", "Agent.forget", "Agent.plan", "Column.read", "Column.write", "Replay.add",
+    "Replay.record", "Replay.sample", "Replay.choose", "Replay.buffers", "Replay.read", "shared_terms",
+}  # fmt: skip
 
 
 def sizes(shape):
     """'(M, ..., 2 D)' as a tuple of numbers."""
     result = []
-    for dimension in shape.strip("()").replace("2 D", "2 * D").split(","):
+    for dimension in re.sub(r"(\d) D", r"\1 * D", shape.strip("()")).split(","):
         dimension = dimension.strip()
         if dimension in ("...", "*event"):
             result += ELLIPSIS if dimension == "..." else EVENT
@@ -79,22 +95,25 @@ def parse(function):
     documentation, parameters = inspect.getdoc(function), list(inspect.signature(function).parameters)
     inputs, output = {}, None
     for row in filter(None, map(ROW.match, documentation.splitlines())):
-        if row[1] == "returns":
+        named = row[1].split(", ")
+        if named[-1] == "returns":
             output = row[2]
-        elif row[2][0] in "({":
-            inputs |= {name: random_like(name, row[2]) for name in row[1].split(", ")}
-    if output is None:  # one line: shapes -> shapes
-        before, output = documentation.split("->")
+            named.pop()
+        if row[2][0] in "({":
+            inputs |= {name: random_like(name, row[2]) for name in named}
+    if output is None:  # one line: shapes -> shapes, or "all" of one shape
+        before, arrow, output = documentation.partition("->")
         shapes = SHAPE.findall(before)
         shapes = shapes * len(parameters) if len(shapes) == 1 else shapes
         inputs = {name: random_like(name, shape) for name, shape in zip(parameters, shapes, strict=True)}
+        output = output if arrow else before
     return inputs, output
 
 
 @pytest.mark.parametrize("function, others", FUNCTIONS, ids=lambda x: getattr(x, "__qualname__", ""))
 def test_docstring_shapes_are_true(function, others):
     inputs, output = parse(function)
-    actual = function(**inputs, **others)
+    actual = function(**inputs | others)
     actual = actual if isinstance(actual, tuple) else (actual,)
     expected = [sizes(shape) for shape in SHAPE.findall(output)]
     expected = expected * len(actual) if len(expected) == 1 else expected
@@ -111,3 +130,75 @@ def test_shape_comments_of_what_observe_returns_are_true(kind):
     assert len(comments) >= 2
     for name, shape in comments.items():
         assert getattr(value, name).shape == sizes(shape), name
+
+
+def test_every_docstring_with_shapes_is_checked():
+    """Above from its rows, or below by hand."""
+    checked = {function.__qualname__ for function, _ in FUNCTIONS} | BY_HAND
+    promising = set()
+    for module in (mssm, mummi_loss, agent, replay, methods):
+        own = [x for x in vars(module).values() if getattr(x, "__module__", "") == module.__name__]
+        functions = [f for x in own for f in (vars(x).values() if inspect.isclass(x) else [x]) if inspect.isfunction(f)]
+        shape = r"\((?:T|B|N|M|H|L|\.\.\.)(?:,| -)"
+        promising |= {f.__qualname__ for f in functions if re.search(shape, f.__doc__ or "")}
+    assert promising <= checked, "add these to FUNCTIONS"
+    assert BY_HAND <= promising, "these promise no shapes any more"
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """T steps of B sequences, with the letters' sizes."""
+    T, B, M, A = (SIZES[letter] for letter in "TBMA")
+    observation = {name: torch.rand(T, B, *shape) for name, shape in MODALITIES.items()}
+    return {"observation": observation, "present": torch.rand(T, B, M) > 0.3, "action": torch.rand(T, B, A),
+            "reward": torch.rand(T, B)}  # fmt: skip
+
+
+def test_shapes_of_what_the_model_makes_of_dictionaries(batch):
+    T, B, M, A, N, C = *(SIZES[letter] for letter in "TBMAN"), 1
+    for x in (torch.zeros(T, B, 64, 64, 3, dtype=torch.uint8), torch.zeros(T, B, 64, 64, C), torch.zeros(T, B, 17)):
+        assert mssm.normalise(x).shape == x.shape
+    features = model.encode(batch["observation"])
+    assert features.shape == sizes("(M, T, B, D_x)")
+    fused = model.fuse(torch.rand(M, *ELLIPSIS, SIZES["D_x"]), torch.ones(M, *ELLIPSIS).bool())
+    assert fused.s_f.shape == sizes("(..., D_f)") and fused.observed.shape == ELLIPSIS
+    filtered = model.observe(**{name: batch[name] for name in ("observation", "present", "action")})
+    state = model.state(filtered)
+    assert (state.h.shape, state.s_c.shape) == ((T * B, SIZES["D_h"]), (T * B, SIZES["D_c"]))
+    state = model.imagine_step(start, torch.rand(N, A))
+    assert (state.h.shape, state.s_c.shape) == (sizes("(N, D_h)"), sizes("(N, D_c)"))
+    latent, log_reward, kl, _ = methods.shared_terms(model, filtered, batch, train.Config())
+    assert (latent.shape, log_reward.shape, kl.shape) == ((T * B, SIZES["D_z"]), (T * B,), (T * B,))
+    decoding = mssm.MSSM(MODALITIES, A, heads="decoders", channels=1, d_h=SIZES["D_h"], d_c=SIZES["D_c"])
+    decoded = decoding.decode(latent.unflatten(0, (T, B)))
+    assert {name: x.shape[2:] for name, x in decoded.items()} == MODALITIES
+    assert all(x.shape[:2] == (T, B) for x in decoded.values())
+
+
+def test_shapes_of_what_the_agent_makes_of_dictionaries(batch):
+    B, A = SIZES["B"], SIZES["A"]
+    objective = lambda model, filtered, batch: (filtered.h.square().mean() + filtered.fused.mean.mean(), {})  # noqa: E731
+    learner = agent.Agent(mssm.MSSM(MODALITIES, A, channels=1), objective, A, units=8, horizon=3)
+    assert all(value.shape == () for value in learner.update(batch).values())
+    memory, first = learner.initial_memory(B), torch.zeros(B, dtype=torch.bool)
+    assert learner.forget(memory, first).action.shape == (B, A)
+    observation = {name: x[0] for name, x in batch["observation"].items()}
+    action, memory = learner.act(memory, observation, batch["present"][0], first, explore=True)
+    assert action.shape == memory.action.shape == (B, A)
+    assert learner.plan(memory.state, learner.actor.mode).shape == (B, A)
+
+
+def test_shapes_of_what_the_replay_keeps(tmp_path):
+    T, B, L, D = (SIZES[letter] for letter in "TBLD")
+    store = replay.Replay(tmp_path, {"x": ((D,), "float32")}, capacity=200)
+    store.add({"x": np.zeros((L, D), np.float32)})
+    store.begin(B)
+    for t in range(L):
+        episodes = store.record({"x": np.zeros((B, D), np.float32)}, np.full(B, t == L - 1))
+    assert [episode["x"].shape for episode in episodes] == [(L, D)] * B
+    first, buffers = store.choose(B, T, np.random.default_rng(0)), store.buffers(B, T)
+    assert first.shape == (B,) and buffers["x"].shape == (B, T, D)
+    assert store.read(first, buffers)["x"].shape == store.sample(B, T, np.random.default_rng(0))["x"].shape == (T, B, D)
+    store.columns["x"].write(7, np.ones((L, D), np.float32))
+    store.columns["x"].read(7, rows := np.zeros((L, D), np.float32))
+    assert (rows == 1).all()

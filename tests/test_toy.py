@@ -165,6 +165,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize("world, sensors", [
     ("position_camera", ["position", "camera"]), ("two_cameras", ["front", "rear"]), ("x_and_y", ["x", "y"]),
 ])  # fmt: skip
+@pytest.mark.fig(1, 19, 20)
 def test_every_world_from_end_to_end(tiny, tmp_path, capsys, world, sensors):
     output = tmp_path / "new" / world
     toy.main(toy.Options(world, missing_rate=0.375, updates=2, output=str(output)))

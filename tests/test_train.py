@@ -73,8 +73,8 @@ def test_the_video_shows_what_the_agent_saw(folder):
     with av.open(str(folder / "video-00000600.mp4")) as video:
         pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(pictures) == 100
-    assert pictures[0].shape == (256, 512, 3)  # position and camera, four times as large
-    brightest = [picture[:, 256:].max() for picture in pictures]  # the world is bright, a cross is grey
+    assert pictures[0].shape == (280, 1024, 3)  # position, camera, action and reward, four times as large, labelled
+    brightest = [picture[30:, 260:508].max() for picture in pictures]  # the world is bright, a cross is grey
     assert 30 <= sum(value < 130 for value in brightest) <= 45, "38 of 101 are missing and crossed out"
 
 
@@ -100,6 +100,22 @@ def test_another_seed_gives_another_run(folder):
     assert lines(folder)[0] != lines(folder.parent / "other")[0]
 
 
+def test_evaluations_are_on_unseen_backgrounds_and_without_exploration(tmp_path, monkeypatch):
+    """Those during training and those of evaluate.py. The environments and the agent run as they are, and are listened to."""
+    splits, explored = [], []
+    make, act = envs.make_vector_env, train.Agent.act
+    monkeypatch.setattr(envs, "make_vector_env", lambda *a, **k: (splits.append(k.get("split", "train")), make(*a, **k))[1])
+    monkeypatch.setattr(train.Agent, "act", lambda *a, **k: (explored.append(a[-1]), act(*a, **k))[1])
+    monkeypatch.chdir(tmp_path)
+    run("--steps", "200", "--prefill", "200", "--updates-per-1000", "0", "--first-updates", "1")
+    assert splits == ["train", "eval"]
+    assert set(explored) == {False}, "the only episodes were random, or evaluations"
+    splits.clear()
+    evaluate.main(evaluate.Options(runs=("runs/toy-mummi-1",), episodes=1, rates=("None",)))
+    assert splits == ["eval"]
+    assert set(explored) == {False}
+
+
 def test_evaluation_prints_and_writes_the_table(folder, capsys):
     evaluate.main(evaluate.Options(runs=(str(folder),), episodes=2, calibration=True, video=True))
     printed = capsys.readouterr().out
@@ -114,6 +130,7 @@ def test_evaluation_prints_and_writes_the_table(folder, capsys):
     assert (folder / "evaluation-High.mp4").exists()
 
 
+@pytest.mark.table(1)
 def test_evaluation_shows_the_papers_figures_beside_ours():
     cells = {("finger_spin", "rgb+depth+touch", "High"): {"mummi": dict(mean=900, std=10, seeds=3, episodes=30)}}
     assert "| 900.0 ± 10.0 [929.1 ± 20.8] |" in evaluate.markdown(cells, {})
@@ -133,6 +150,31 @@ def test_table_ii_has_the_rows_and_columns_of_the_paper():
         ["61.4 ± 70.4", "48.8 ± 40.5", "60.9 ± 56.1"], ["60.6 ± 69.9", "47.9 ± 37.2", "64.9 ± 85.3"],
         ["57.8 ± 69.8", "62.1 ± 93.7", "64.0 ± 95.9"], ["65.9 ± 76.9", "69.2 ± 97.2", "60.4 ± 98.2"],
     ]  # fmt: skip
+
+
+@pytest.mark.table(1)
+def test_the_papers_table_1_is_whole():
+    table = json.loads(evaluate.PAPER.read_text())["Table I"]
+    assert set(table) == set(envs.SUITE)
+    for rows in table.values():
+        assert set(rows) == set(evaluate.RATES)
+        for row in rows.values():
+            assert set(row) == {"mummi", "mummi_b", "cvrl", "dreamer"}
+            assert row["mummi"][0] == max(mean for mean, _ in row.values()), "bold in the paper"
+
+
+@pytest.mark.table(2)
+def test_table_2_is_what_removing_the_workspace_camera_leaves():
+    table = json.loads(evaluate.PAPER.read_text())["Table II"]
+    sensors = ["workspace", "robot"]
+    options = [evaluate.Options(runs=("a",), remove=remove) for remove in ((), ("workspace",))]
+    kept = [evaluate.sensor_subsets(option, sensors)[0] for option in options]
+    assert set(table) == {"+".join(names) for names in kept}
+    for names in kept:
+        for missing in ("Medium", "None"):
+            assert set(table["+".join(names)][missing]) == {"mummi", "mummi_b", "mssm_e"}
+    assert evaluate.paper_cell("table_wiping", "robot", "None", "mssm_e") == [60.4, 98.2]
+    assert evaluate.paper_cell("table_wiping", "robot", "High", "mssm_e") is None
 
 
 BAD = {

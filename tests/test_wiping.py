@@ -60,6 +60,7 @@ def dirt(image):
 # ---- 1. What the cameras show ----
 
 
+@pytest.mark.fig(6)
 def test_two_cameras_in_the_papers_order(plain):
     space = plain.observation_space
     assert list(space) == ["workspace", "robot", "present"]

@@ -1,0 +1,263 @@
+"""Pictures of what an agent sees, predicts and relies on: for TensorBoard and for videos.
+
+    pictures = of_evaluation(agent.model, seen, "mummi")   # {name: (height, width, 3) uint8}
+    write_video(Path("episode.mp4"), seen)                # sensors, chosen action and reward
+
+seen  one dictionary a decision, from `train.run_episodes`: every sensor (num_envs, ...), zeros where
+      missing; present (num_envs, M); action (num_envs, A), chosen there; reward (num_envs,), that it
+      earned. Everything here shows the first environment.
+
+Shapes: T decisions, M sensors, A action size, D_f size of the fused code.
+"""
+
+import io
+import math
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from mssm import MAX_DEPTH, MIN_STD
+from mummi_loss import info_nce, log_density_ratio, log_inner_product, mutual_information
+from runs import write_file
+
+NO_SENSOR = ("present", "action", "reward")
+LABEL = 24  # pixels, height of the line above a panel
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
+
+
+# ---- 1. Panels -----------------------------------------------------------------------------------
+
+
+def panel(name, x, present=True):
+    """One sensor as a picture (64, 64, 3) uint8: colour, depth in grey, a vector as bars, or a cross."""
+    if not present:
+        cross = np.eye(64, dtype=bool) | np.eye(64, dtype=bool)[::-1]
+        return np.repeat(np.where(cross, 90, 0).astype(np.uint8)[..., None], 3, axis=-1)
+    if x.dtype == np.uint8:
+        return x
+    if x.ndim == 3:  # metres: near is white, nothing within 10 m black
+        grey = (255 * (1 - np.clip(x, 0, MAX_DEPTH) / MAX_DEPTH)).astype(np.uint8)
+        return np.repeat(grey, 3, axis=-1)
+    return bars(x / 8 if name == "touch" else x)  # touch: 8 is 3,000 newtons
+
+
+def bars(values, low=0.0):
+    """Values between `low` and 1 as bars from 0, green up and orange down. (D,) -> (64, 64, 3) uint8"""
+    picture = np.full((64, 64, 3), 30, np.uint8)
+    row = lambda value: round(63 * (1 - (np.clip(value, low, 1) - low) / (1 - low)))  # noqa: E731
+    picture[min(row(0), 63)] = 110
+    for i, value in enumerate(np.nan_to_num(values)):
+        left, right = 64 * i // len(values) + 2, 64 * (i + 1) // len(values) - 2
+        top, bottom = sorted((row(0), row(value)))
+        picture[top : bottom + 1, left : max(right, left + 1)] = (90, 200, 120) if value >= 0 else (213, 94, 0)
+    return picture
+
+
+def history(values, highest):
+    """The last 64 values, the newest on the right, as columns of up to `highest`. -> (64, 64, 3) uint8"""
+    picture = np.full((64, 64, 3), 30, np.uint8)
+    for column, value in enumerate(values[-64:]):
+        picture[63 - round(63 * float(np.clip(value / highest, 0, 1))) :, column] = (90, 200, 120)
+    return picture
+
+
+def labelled(picture, label, scale):
+    """A panel `scale` times as large below a line of text, as uint8."""
+    picture = picture.repeat(scale, 0).repeat(scale, 1)
+    canvas = Image.new("RGB", (picture.shape[1], LABEL), (255, 255, 255))
+    ImageDraw.Draw(canvas).text((4, 4), label, fill=(0, 0, 0), font=ImageFont.load_default(13))
+    return np.concatenate([np.asarray(canvas), picture])
+
+
+def grid(rows):
+    """Lists of pictures of one size, with a thin gap between them, as one picture."""
+    gap = lambda x: np.pad(x, ((0, 4), (0, 4), (0, 0)), constant_values=255)  # noqa: E731
+    return np.concatenate([np.concatenate([gap(x) for x in row], 1) for row in rows])
+
+
+def sensors(seen):
+    return [name for name in seen[0] if name not in NO_SENSOR]
+
+
+# ---- 2. Videos -----------------------------------------------------------------------------------
+
+
+def frames(seen, scale=4, every=1):
+    """What the agent saw, its action and its reward, decision by decision: pictures of one size."""
+    names, rewards = sensors(seen), [float(step["reward"][0]) for step in seen]
+    for t in range(0, len(seen), every):
+        step, panels = seen[t], []
+        for m, name in enumerate(names):
+            here = step["present"][0, m]
+            panels.append(labelled(panel(name, step[name][0], here), name if here else f"{name}: missing", scale))
+        panels.append(labelled(bars(step["action"][0], low=-1.0), "action, -1 to 1", scale))
+        text = f"reward {rewards[t]:.2f}, so far {sum(rewards[: t + 1]):.1f}"
+        panels.append(labelled(history(rewards[: t + 1], max(1.0, *rewards)), text, scale))
+        yield np.concatenate(panels, 1)
+
+
+def write_video(path, seen, fps=20):
+    """An episode as an MP4; a sensor is crossed out where it was missing."""
+    import av
+
+    data = io.BytesIO()
+    with av.open(data, "w", format="mp4") as container:
+        stream = None
+        for picture in frames(seen):
+            if stream is None:
+                stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
+                stream.height, stream.width = picture.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    write_file(path, data.getbuffer())
+
+
+def gif(seen, most=60, fps=10):
+    """An episode in at most so many frames, as the bytes of a GIF: what TensorBoard can play."""
+    every = math.ceil(len(seen) / most)
+    first, *others = [Image.fromarray(x) for x in frames(seen, scale=2, every=every)]
+    data = io.BytesIO()
+    first.save(data, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
+    return data.getvalue()
+
+
+# ---- 3. What the model makes of an episode -------------------------------------------------------
+
+
+def episode(model, seen):
+    """What `MSSM.observe` reads: observation {name: (T, 1, ...)}, present (T, 1, M), action (T, 1, A)."""
+    device = next(model.parameters()).device
+    stack = lambda name: torch.as_tensor(np.stack([step[name][:1] for step in seen])).to(device)  # noqa: E731
+    action = stack("action").float()
+    return {name: stack(name) for name in sensors(seen)}, stack("present"), torch.cat([action[:1] * 0, action[:-1]])
+
+
+def in_units(x):
+    """What a decoder predicts, back in the units of its sensor: the inverse of `mssm.normalise`."""
+    if x.ndim == 3 and x.shape[-1] == 3:
+        return (255 * (x + 0.5)).clamp(0, 255).byte().cpu().numpy()
+    return (MAX_DEPTH * (x + 0.5) if x.ndim == 3 else x).cpu().numpy()
+
+
+def seen_picture(seen, moments=8):
+    """Moments of the episode, a row a sensor, crossed out where missing."""
+    times = np.linspace(0, len(seen) - 1, moments).astype(int)
+    rows = []
+    for m, name in enumerate(sensors(seen)):
+        here = [seen[t]["present"][0, m] for t in times]
+        labels = [f"{name}, t = {t}" for t in times]
+        rows.append([labelled(panel(name, seen[t][name][0], p), label, 2) for t, p, label in zip(times, here, labels)])
+    return grid(rows)
+
+
+def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
+    """What the decoders show of `given` decisions that were seen, and then by imagination alone.
+
+    Above each prediction is what the sensor gave. The actions are those that were executed.
+    """
+    observation, present, action = episode(model, seen)
+    filtered = model.observe({k: x[:given] for k, x in observation.items()}, present[:given], action[:given])
+    state = type(model.initial_state(1))(filtered.h[-1], filtered.s_c[-1])
+    latents = list(model.latent(filtered.h, filtered.s_c))
+    for t in range(given, min(given + max(ahead), len(seen))):
+        state = model.imagine_step(state, action[t])
+        latents.append(model.latent(*state))
+    decoded = model.decode(torch.stack(latents))
+    times = [0, given - 1] + [given - 1 + k for k in ahead if given - 1 + k < len(latents)]
+    rows = []
+    for m, name in enumerate(sensors(seen)):
+        kinds = ["model, seen so far" if t < given else f"imagined, {t - given + 1} ahead" for t in times]
+        shown = [panel(name, seen[t][name][0], seen[t]["present"][0, m]) for t in times]
+        predicted = [panel(name, in_units(decoded[name][t, 0])) for t in times]
+        rows.append([labelled(x, f"{name}, t = {t}", 2) for x, t in zip(shown, times)])
+        rows.append([labelled(x, kind, 2) for x, kind in zip(predicted, kinds)])
+    return grid(rows)
+
+
+def to_array(figure):
+    """A matplotlib figure as (height, width, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def calibration_picture(model, seen):
+    """How sure every sensor's expert is, and how much of the product is its own, over an episode.
+
+    A model that relies on one sensor alone shows one colour below, whatever is present.
+    """
+    observation, present, _ = episode(model, seen)
+    here = present.movedim(-1, 0).bool()  # (M, T, 1)
+    std = model.fuse(model.encode(observation), here).expert_std[:, :, 0]  # (M, T, D_f)
+    here = here[..., 0].cpu().numpy()
+    log_std = np.where(here, std.log().mean(-1).cpu().numpy(), np.nan)
+    precision = np.where(here, std.pow(-2).mean(-1).cpu().numpy(), 0)
+    share = precision / np.maximum(precision.sum(0), 1e-9)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    bottom = np.zeros(len(seen))
+    for name, colour, line, part in zip(sensors(seen), COLOURS, log_std, share):
+        above.plot(line, color=colour, label=name)
+        below.fill_between(np.arange(len(seen)), bottom, bottom + part, color=colour, step="mid", linewidth=0)
+        bottom += part
+    above.axhline(math.log(MIN_STD), color="0.6", linestyle=":", label="surest possible")
+    highest = max(math.log(MIN_STD) + 1, np.nanmax(log_std, initial=-math.inf) + 0.2)
+    above.set(ylabel="mean log std", ylim=(math.log(MIN_STD) - 0.1, highest))
+    above.set_title("how sure each expert is: lower is surer; gaps where its sensor is missing")
+    above.legend(loc="upper right", ncols=len(share) + 1)
+    title = "whom the product of experts listens to; white where nothing is present"
+    below.set(ylabel="share of the precision", ylim=(0, 1), xlim=(0, len(seen) - 1), xlabel="decision", title=title)
+    return to_array(figure)
+
+
+def density_ratios(model, filtered, fused_too):
+    """{name: log f (T, T)} and {name: present (T,)} of one filtered episode, with the heads that the model has."""
+    latent = model.latent(filtered.h, filtered.s_c)[:, 0]
+    fused, present = filtered.fused, filtered.present[..., 0]
+    if model.fusion == "concatenate":  # [CVRL]
+        log_f = {"all sensors": log_inner_product(model.project_z(latent), model.project_x(fused.s_f[:, 0]))}
+        return log_f, {"all sensors": present.any(0)}
+    means = dict(zip(model.modalities, fused.expert_mean[:, :, 0]))
+    if fused_too:
+        means["product of all"] = fused.mean[:, 0]
+    log_f = {name: log_density_ratio(model.code(latent), mean) for name, mean in means.items()}
+    return log_f, dict(zip(log_f, [*present, present.any(0)]))
+
+
+def similarity_picture(model, seen, fused_too, most=100):
+    """Which observation every latent points to, Eq. (15), among those of an episode: best on the diagonal.
+
+    fused_too  also of the product's mean, which MuMMI-b learns with
+    """
+    filtered = model.observe(*episode(model, seen[:most]))
+    log_f, present = density_ratios(model, filtered, fused_too)
+    figure = Figure(figsize=(3.6 * len(log_f), 4.3), layout="constrained")
+    for axis, (name, ratio) in zip(figure.subplots(1, len(log_f), squeeze=False)[0], log_f.items()):
+        here = present[name]
+        probability = ratio.masked_fill(~here, -math.inf).softmax(-1).cpu().numpy()
+        shown = np.where(here.cpu().numpy() & here.cpu().numpy()[:, None], probability, np.nan)
+        axis.imshow(np.sqrt(shown), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_facecolor("0.85")
+        nats, best = float(mutual_information(info_nce(ratio, here), here)), math.log(max(1, int(here.sum())))
+        axis.set(title=f"{name}: {nats:.1f} of {best:.1f} nats", xlabel="observation at step", ylabel="latent at step")
+    figure.suptitle("InfoNCE within one episode: dark where a latent points to; grey where missing", fontsize=10)
+    return to_array(figure)
+
+
+@torch.no_grad()
+def of_evaluation(model, seen, method):
+    """{name: picture} of an evaluation's first episode: whatever the model of that method has the heads for."""
+    devices = [x.device for x in [next(model.parameters())] if x.is_cuda]
+    with torch.random.fork_rng(devices):  # looking changes nothing of what follows
+        pictures = {"seen": seen_picture(seen)}
+        if hasattr(model, "decoders"):
+            pictures["open_loop"] = open_loop_picture(model, seen)
+        else:
+            pictures["similarity"] = similarity_picture(model, seen, fused_too=method == "mummi_b")
+        if model.fusion == "product":
+            pictures["calibration"] = calibration_picture(model, seen)
+    return pictures
