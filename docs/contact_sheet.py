@@ -108,7 +108,11 @@ def draw(task):
 
 if __name__ == "__main__":
     for task in sys.argv[1:] or TASKS:
-        figure = draw(task)
+        try:
+            figure = draw(task)
+        except ValueError as error:  # Table Wiping without robosuite
+            print(error)
+            continue
         figure.savefig(HERE / f"{task}.png", dpi=80, bbox_inches="tight")
         plt.close(figure)
         print(HERE / f"{task}.png")
