@@ -105,7 +105,7 @@ def test_evaluations_are_on_unseen_backgrounds_and_without_exploration(tmp_path,
     splits, explored = [], []
     make, act = envs.make_vector_env, train.Agent.act
     monkeypatch.setattr(envs, "make_vector_env", lambda *a, **k: (splits.append(k.get("split", "train")), make(*a, **k))[1])
-    monkeypatch.setattr(train.Agent, "act", lambda *a, **k: (explored.append(a[-1]), act(*a, **k))[1])
+    monkeypatch.setattr(train.Agent, "act", lambda *a, **k: (explored.append(k["explore"]), act(*a, **k))[1])
     monkeypatch.chdir(tmp_path)
     run("--steps", "200", "--prefill", "200", "--updates-per-1000", "0", "--first-updates", "1")
     assert splits == ["train", "eval"]
