@@ -77,9 +77,9 @@ def random_motion(task, episodes, missing_rate, seed):
     return {name: torch.tensor(x if x.dtype == np.uint8 else x.astype(np.float32)) for name, x in motion.items()}
 
 
-def learn(method, options, motion):
-    """The world model that one method learns from the motion. Adam's rate falls to zero meanwhile."""
-    config = Config(task=TASKS[options.world], method=METHODS[method], seed=options.seed, device="cpu", **SMALL)
+def learn(method, options, motion, **changes):
+    """The world model that one method, with a changed configuration, learns from the motion. Adam's rate falls to zero."""
+    config = Config(task=TASKS[options.world], method=METHODS[method], seed=options.seed, device="cpu", **SMALL | changes)
     agent = make_agent(config, make_env(config.task).observation_space, action_size=2)  # only its model learns
     rng = np.random.default_rng(options.seed)
     for update in trange(options.updates, desc=method):
