@@ -18,6 +18,7 @@ of float a depth image in metres, one axis a vector.
 """
 
 import ctypes
+import io
 import itertools
 import multiprocessing
 import os
@@ -235,8 +236,10 @@ def read_clip(video, max_frames=501):
         if not file.is_file():
             raise ValueError(f"background {file} is no file; remove it")
         try:
-            # Through a file object: a name or a playlist may not send FFmpeg elsewhere.
-            with open(file, "rb") as data, av.open(data, options={"format_whitelist": FORMATS}) as container:
+            # FFmpeg gets no name of a picture: it would take "%d" in it for a series of files. And it opens no
+            # playlist, which might lead elsewhere.
+            data = io.BytesIO(file.read_bytes()) if pictures else open(file, "rb")
+            with data, av.open(data, options={"format_whitelist": FORMATS}) as container:
                 size = container.streams.video[0].codec_context
                 if size.width * size.height > MAX_PIXELS:
                     raise ValueError(f"it has {size.width} x {size.height} pixels")
