@@ -17,6 +17,7 @@ The spaces say all that a consumer needs: three axes of uint8 are a colour image
 of float a depth image in metres, one axis a vector.
 """
 
+import atexit
 import ctypes
 import io
 import itertools
@@ -570,9 +571,10 @@ class Workers(AsyncVectorEnv):
     Raises WorkerError where a worker has died, at once, or has not answered for `TIMEOUT` seconds.
     """
 
-    TIMEOUT = 120
+    TIMEOUT = 300
 
     def __init__(self, makers, context):
+        atexit.register(self.close)  # before multiprocessing's own end, whose SIGTERM the workers ignore
         self.ask(super().__init__, makers, context=context, worker=work)
 
     def ask(self, method, *args, **kwargs):
@@ -608,6 +610,7 @@ class Workers(AsyncVectorEnv):
 
     def close_extras(self, **kwargs):
         """Ends the workers, whatever they are doing: they hold nothing that needs saving."""
+        atexit.unregister(self.close)
         for process in self.processes:
             process.kill()
         for process in self.processes:
