@@ -17,7 +17,9 @@ The spaces say all that a consumer needs: three axes of uint8 are a colour image
 of float a depth image in metres, one axis a vector.
 """
 
+import atexit
 import ctypes
+import io
 import itertools
 import multiprocessing
 import os
@@ -235,8 +237,10 @@ def read_clip(video, max_frames=501):
         if not file.is_file():
             raise ValueError(f"background {file} is no file; remove it")
         try:
-            # Through a file object: a name or a playlist may not send FFmpeg elsewhere.
-            with open(file, "rb") as data, av.open(data, options={"format_whitelist": FORMATS}) as container:
+            # FFmpeg gets no name of a picture: it would take "%d" in it for a series of files. And it opens no
+            # playlist, which might lead elsewhere.
+            data = io.BytesIO(file.read_bytes()) if pictures else open(file, "rb")
+            with data, av.open(data, options={"format_whitelist": FORMATS}) as container:
                 size = container.streams.video[0].codec_context
                 if size.width * size.height > MAX_PIXELS:
                     raise ValueError(f"it has {size.width} x {size.height} pixels")
@@ -567,9 +571,10 @@ class Workers(AsyncVectorEnv):
     Raises WorkerError where a worker has died, at once, or has not answered for `TIMEOUT` seconds.
     """
 
-    TIMEOUT = 120
+    TIMEOUT = 300
 
     def __init__(self, makers, context):
+        atexit.register(self.close)  # before multiprocessing's own end, whose SIGTERM the workers ignore
         self.ask(super().__init__, makers, context=context, worker=work)
 
     def ask(self, method, *args, **kwargs):
@@ -605,6 +610,7 @@ class Workers(AsyncVectorEnv):
 
     def close_extras(self, **kwargs):
         """Ends the workers, whatever they are doing: they hold nothing that needs saving."""
+        atexit.unregister(self.close)
         for process in self.processes:
             process.kill()
         for process in self.processes:

@@ -147,7 +147,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        ctx.steps.append((x, gradient))
+        ctx.steps.append((x.detach(), gradient))  # with its graph, it would keep this node, and itself, alive
         return gradient @ weight, None, None, None
 
 

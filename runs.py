@@ -19,6 +19,7 @@ import pickle
 import signal
 import struct
 import sys
+import threading
 import zipfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -93,7 +94,7 @@ def explain(error):
         return f"{where}{error.strerror or line}; the last checkpoint is untouched: go on with --resume", 1
     if isinstance(error, RuntimeError) and "loading state_dict" in line:
         return f"the checkpoint does not fit its configuration: {line}", 2
-    if isinstance(error, RuntimeError) and "CUDA" in line:
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in line:
         return f"the GPU failed; the last checkpoint is untouched: go on with --resume ({line[:200]})", 1
     return (line, 2) if isinstance(error, ValueError) else None
 
@@ -152,6 +153,12 @@ def create_folder(folder, config):
 
 
 # ---- 3. Metrics ----------------------------------------------------------------------------------
+
+
+def quiet(arguments):
+    """TensorBoard's thread need not say that the disk is full: `add_scalar` says it again."""
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
 
 
 SHOWN = ("train_return", "model_loss", "actor_loss", "critic_loss")  # by the progress bar
@@ -219,6 +226,7 @@ class Log:
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = quiet
             self.board = SummaryWriter(self.folder, purge_step=self.purge_step)
         self.latest |= {name: strict[name] for name in SHOWN if name in strict}
         for name, value in values.items():
@@ -282,11 +290,10 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
 
 def restore(folder, agent, replay, rng, log):
     """Take up a run at its last intact checkpoint, or at its beginning if it has none. Returns its Progress."""
-    path = newest_checkpoint(folder)
+    path, state = newest_checkpoint(folder)
     if path is None:
         log.load_state_dict({"bytes": 0, "pending": {}}, -1, agent.device)
         return Progress()
-    state = read_checkpoint(path)
     agent.load_state_dict(state["agent"])
     lost = replay.load_state_dict(state["replay"])
     if lost:
@@ -303,7 +310,7 @@ def restore(folder, agent, replay, rng, log):
 
 
 def newest_checkpoint(folder):
-    """The last checkpoint, or the one before if it is damaged, and says so; None if there are none.
+    """The last checkpoint's path and what it holds; of the one before, if it is damaged. None, None if there are none.
 
     Raises ValueError if there are only damaged ones.
     """
@@ -311,16 +318,16 @@ def newest_checkpoint(folder):
     for path in (Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.previous.pt"):
         if path.exists():
             try:
-                read_checkpoint(path)
+                state = read_checkpoint(path)
             except ValueError as error:
                 damaged.append(str(error))
                 continue
             for line in damaged:
                 print(f"{line}: taking {path}", file=sys.stderr)
-            return path
+            return path, state
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}: put back a copy of a checkpoint, or start a new run")
-    return None
+    return None, None
 
 
 def read_checkpoint(path):
@@ -345,8 +352,8 @@ def read_checkpoint(path):
 
 def load_checkpoint(folder):
     """The last intact checkpoint of a run. Raises ValueError if there is none."""
-    path = newest_checkpoint(folder)
+    path, state = newest_checkpoint(folder)
     if path is None:
         raise ValueError(f"{Path(folder) / 'checkpoint.pt'} is missing: give the folder of a run that has reached its "
                          "first evaluation")  # fmt: skip
-    return read_checkpoint(path)
+    return state

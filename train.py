@@ -267,6 +267,8 @@ def check(config):
     for name, largest in LARGEST.items():
         if not 1 <= getattr(config, name) <= largest:
             refuse(name, f"1 to {largest}")
+    if config.horizon == 1:
+        refuse("horizon", "2 or more: the last imagined state only ends the return")
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             refuse(name, "more than 0")

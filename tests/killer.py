@@ -67,9 +67,8 @@ def start(options, slow):
 def progress(folder):
     """[steps, updates] of the newest intact checkpoint."""
     with contextlib.redirect_stderr(None):
-        path = runs.newest_checkpoint(folder)
-    state = runs.read_checkpoint(path) if path else {"steps": 0, "updates": 0}
-    return [state["steps"], state["updates"]]
+        _, state = runs.newest_checkpoint(folder)
+    return [state["steps"], state["updates"]] if state else [0, 0]
 
 
 def main(seed, kills, options):

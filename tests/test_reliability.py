@@ -1,5 +1,6 @@
 """A run that is stopped, killed, starved or fed with damaged files: nothing is lost, and one line says what happened."""
 
+import gc
 import json
 import math
 import multiprocessing
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_batch, tiny_agent
 from test_train import flat, lines
 
 import envs
@@ -424,6 +426,24 @@ def test_out_of_memory_says_what_to_lower(capsys):
         assert code == 1 and "lower --batch-size" in line
     code, line = failure(lambda: (_ for _ in ()).throw(torch.AcceleratorError("CUDA error: unspecified launch failure")), capsys)
     assert code == 1 and "the GPU failed" in line and "--resume" in line
+
+
+@pytest.mark.parametrize("ending", ["raise ValueError", "sys.exit(3)", "pass"])
+def test_a_program_that_does_not_close_its_workers_ends_all_the_same(ending):
+    program = f"import sys, envs\nworkers = envs.make_vector_env('toy', 2)\nworkers.reset()\n{ending}"
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, capture_output=True)
+    assert process.returncode == {"raise ValueError": 1, "sys.exit(3)": 3, "pass": 0}[ending]
+
+
+def test_updates_keep_nothing_alive():
+    """No tensor of an update outlives it: memory does not grow."""
+    agent = tiny_agent()
+    counts = []
+    for _ in range(4):
+        agent.update(random_batch())
+        gc.collect()
+        counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    assert counts[-1] == counts[-2] == counts[-3]
 
 
 def test_a_bug_keeps_its_traceback():
