@@ -180,7 +180,7 @@ LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail fo
 POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
 NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 exploration mpc_rate mpc_iterations fused_kl_scale "
                 "touch_weight reward_weight free_nats").split()  # fmt: skip
-MAY_CHANGE = ("resume", "device", "deterministic", "cuda_graphs", "steps", "log_every", "eval_every")  # when a run is resumed
+MAY_CHANGE = "resume device deterministic cuda_graphs steps log_every eval_every".split()  # when a run is resumed
 
 
 def parse(arguments=None):
