@@ -132,4 +132,4 @@ def test_every_file_and_option_that_the_readme_names_exists_and_the_file_map_has
         assert (ROOT / name).exists(), name
     options = {"--" + field.replace("_", "-") for config in (train.Config, evaluate.Options) for field in config.__dataclass_fields__}
     options |= {"--no-" + option[2:] for option in options}
-    assert set(re.findall(r"--[a-z][\w-]+", text)) <= options | {"--help"}
+    assert set(re.findall(r"--[a-z][\w-]+", text)) <= options | {"--help", "--logdir"}  # the last is TensorBoard's
