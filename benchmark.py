@@ -43,7 +43,8 @@ SENSORS = {"rgb": Box(0, 255, (64, 64, 3), np.uint8), "depth": Box(0, 10, (64, 6
 
 def space(modalities=3):
     """Observations like the control suite's: colour, depth, touch, and again."""
-    sensors = {f"{name}{i // 3 or ''}": box for i, (name, box) in zip(range(modalities), itertools.cycle(SENSORS.items()))}
+    kinds = zip(range(modalities), itertools.cycle(SENSORS.items()))
+    sensors = {f"{name}{i // 3 or ''}": box for i, (name, box) in kinds}
     return Dict([*sensors.items(), ("present", MultiBinary(modalities))])
 
 
@@ -80,13 +81,15 @@ def machine():
 
 def random_batch(length, batch_size, device, modalities=3):
     """What `Agent.update` reads, 37.5 % missing."""
-    make = {
+    make: dict = {
         "rgb": lambda shape: torch.randint(0, 256, shape, dtype=torch.uint8),
         "depth": lambda shape: (10 * torch.rand(shape)).half(),
         "touch": torch.rand,
     }
     boxes = {name: box for name, box in space(modalities).items() if name != "present"}
-    observation = {name: make[name.rstrip("0123456789")]((length, batch_size, *box.shape)) for name, box in boxes.items()}
+    observation = {
+        name: make[name.rstrip("0123456789")]((length, batch_size, *box.shape)) for name, box in boxes.items()
+    }  # fmt: skip
     batch = {
         "observation": observation, "present": torch.rand(length, batch_size, modalities) > 0.375,
         "action": torch.rand(length, batch_size, ACTION_SIZE) * 2 - 1, "reward": torch.rand(length, batch_size),
@@ -121,7 +124,8 @@ def update():
             times = milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5)
             if CUDA:
                 times["peak_device_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-                times["share_in_kernels"] = round(kernel_milliseconds(partial(agent.update, batch)) / times["median"], 3)
+                busy = kernel_milliseconds(partial(agent.update, batch))
+                times["share_in_kernels"] = round(busy / times["median"], 3)
                 torch.cuda.reset_peak_memory_stats()
             else:
                 times["matmuls"] = round(times["median"] / product, 1)
@@ -229,7 +233,8 @@ def growth():
     for name, values in {"batch_size": (16, 50, 100, 200), "modalities": range(1, 7), "horizon": (5, 15, 30)}.items():
         for value in values:
             agent, batch = make(batch_length=length, **base | {name: value})
-            results[f"{name} {value}"] = milliseconds(partial(agent.update, batch), repeats=20 if CUDA else 3, warm_up=4)
+            call = partial(agent.update, batch)
+            results[f"{name} {value}"] = milliseconds(call, repeats=20 if CUDA else 3, warm_up=4)
     return results
 
 
@@ -242,7 +247,7 @@ def random_decision(env):
 
 def environments():
     """One decision of a random policy, also of one simulator step, and one reset; decisions a second of workers."""
-    results = {}
+    results: dict = {}
     for task in TASKS:
         try:
             env = make_env(task)

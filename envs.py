@@ -258,7 +258,7 @@ def read_clip(video, max_frames=501):
 
 # Boxes that sense touch: name, body, centre and half-sizes in metres.  They miss no contact
 # of a sole and one in 200 of those inside the cup.  The finger has its own two sensors.
-TOUCH_BOXES = {
+TOUCH_BOXES: dict[str, list] = {
     "finger": [],
     "walker": [(foot, foot, (0, 0, 0), (0.16, 0.06, 0.06)) for foot in ("right_foot", "left_foot")],
     "ball_in_cup": [("inside_cup", "cup", (0, 0, -0.05), (0.04, 0.02, 0.04))],

@@ -49,7 +49,7 @@ class Options:
     seed: int = 1000  # of the episodes, the same for every run
     output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs ./evaluation
     randomize: bool = False  # table_wiping with domain randomisation, as in training
-    video: bool = False  # write <output>-<rate>.mp4: the first episode: sensors, actions, reward
+    video: bool = False  # write <output>-<rate>.mp4, the first episode: sensors, actions, reward
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -91,8 +91,9 @@ def evaluate_run(folder, config, agent, options):
         if options.calibration and config.method in ("mummi", "mummi_b", "mssm_e") and len(kept) > 1:
             records[-1]["calibration"] = calibration(agent, seen, kept)
         if options.video:
-            path, some = output_path(options), kept if len(kept) < len(sensors) else ()
-            write_video(path.with_name("-".join([path.name, rate, *some]) + ".mp4"), seen)
+            path = output_path(options)
+            which = [Path(folder).name] * (len(options.runs) > 1) + [rate, *kept * (len(kept) < len(sensors))]
+            write_video(path.with_name("-".join([path.name, *which]) + ".mp4"), seen)
     return records
 
 

@@ -327,7 +327,7 @@ class MSSM(nn.Module):
             self.project_z = mlp([d_z, hidden, hidden], nn.ELU, output_activation=True)
 
         initialise(self)
-        self.to(memory_format=torch.channels_last)  # images arrive as (N, 64, 64, C)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # images arrive as (N, 64, 64, C)
 
     # -- generative model --
 
@@ -447,7 +447,7 @@ class MSSM(nn.Module):
                 state = State(h, sample_from(posterior))
                 steps.append((*state, posterior, prior))
         h, s_c, posterior, prior = (torch.stack(x) for x in zip(*steps))
-        return Filtered(h, s_c, *gaussian(posterior), *gaussian(prior), fused, present)
+        return Filtered(h, s_c, *gaussian(posterior), *gaussian(prior), fused, present)  # type: ignore[call-arg]
 
 
 def check_modalities(modalities):

@@ -93,7 +93,7 @@ def frames(seen, scale=4, every=1):
             here = step["present"][0, m]
             panels.append(labelled(panel(name, step[name][0], here), name if here else f"{name}: missing", scale))
         panels.append(labelled(bars(step["action"][0], low=-1.0), "action, -1 to 1", scale))
-        text = f"reward {rewards[t]:.2f}, so far {sum(rewards[: t + 1]):.1f}"
+        text = f"reward, so far {sum(rewards[: t + 1]):.1f}"
         panels.append(labelled(history(rewards[: t + 1], max(1.0, *rewards)), text, scale))
         yield np.concatenate(panels, 1)
 

@@ -30,7 +30,7 @@ METHODS = {  # method: its name in the paper, colour (Okabe and Ito's palette), 
     "cvrl": ("CVRL", "#0072B2", ":", "D"),
     "dreamer": ("Dreamer", "#CC79A7", (0, (7, 2, 1, 2, 1, 2)), "v"),
 }
-MAY_DIFFER = {"method", "seed", "name", "resume", "device", "num_envs", "steps", "log_every", "eval_every", "eval_episodes"}
+MAY_DIFFER = set("method seed name resume device num_envs steps log_every eval_every eval_episodes".split())
 POINTS = 200  # of a curve
 
 
@@ -123,7 +123,8 @@ def interpolate(curves):
     returns  steps (POINTS,), values (seeds, POINTS)
     Raises ValueError if they have no steps in common.
     """
-    curves = [(np.unique(steps), values[np.searchsorted(steps, np.unique(steps), "right") - 1]) for steps, values in curves]
+    last = lambda steps: np.searchsorted(steps, np.unique(steps), "right") - 1  # noqa: E731
+    curves = [(np.unique(steps), values[last(steps)]) for steps, values in curves]
     begin, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     if begin > end:
         raise ValueError(f"one seed begins at step {begin:.0f} and another ends at {end:.0f}: nothing to average")

@@ -17,6 +17,7 @@ Shapes: T steps, B sequences, L rows of one episode. Time first.
 
 import math
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class Column:
             np.lib.format.open_memmap(fresh, "w+", dtype=dtype, shape=(rows, *shape))
             os.replace(fresh, path)  # never a file without its header
         self.file = open(path, "r+b", buffering=0)
+        weakref.finalize(self, self.file.close)
         try:
             np.lib.format.read_magic(self.file)
             found, _, found_dtype = np.lib.format.read_array_header_1_0(self.file)
@@ -60,7 +62,7 @@ class Column:
 
     def write(self, first, rows):
         """Put rows (L, ...) at `first` and behind it. Raises OSError if the disk is full."""
-        rows = memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B")
+        rows = np.ascontiguousarray(rows, self.dtype).data.cast("B")
         written, offset = 0, self.header + first * self.row_size
         while written < len(rows):
             written += os.pwrite(self.file.fileno(), rows[written:], offset + written)

@@ -209,8 +209,8 @@ class Log:
 
     def first_fault(self):
         """How many updates ago something was first not finite, and its names."""
-        rows = zip(*([math.isfinite(x) for x in values] for values in self.pending.values()))
-        rows = [[name for name, good in zip(self.pending, row) if not good] for row in rows]
+        goods = zip(*([math.isfinite(x) for x in values] for values in self.pending.values()))
+        rows = [[name for name, good in zip(self.pending, row) if not good] for row in goods]
         age, names = next((age, names) for age, names in zip(range(len(rows) - 1, -1, -1), rows) if names)
         return age, names
 

@@ -32,7 +32,7 @@ from train import Config, fail, keep_freed_memory, make_agent, seeds
 
 TASKS = {"position_camera": "toy", "two_cameras": "toy_two_cameras", "x_and_y": "toy_xy"}
 METHODS = {"ELBO": "mssm_e", "MuMMI": "mummi"}
-SMALL = dict(  # a model for a CPU; many short sequences, as their steps are the negatives of Eq. (15)
+SMALL: dict = dict(  # a model for a CPU; many short sequences, as their steps are the negatives of Eq. (15)
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=32, batch_length=8, model_lr=2e-3, free_nats=1.0,
 )  # fmt: skip
 STEPS = 100  # of an episode
@@ -60,16 +60,17 @@ def random_motion(task, episodes, missing_rate, seed):
               "truth": (T, B, 2)}: vectors standardised, and where the disc was in the unit square
     """
     env, rng = make_env(task, seed, missing_rate), np.random.default_rng(seed)
-    motion = []  # one list of steps an episode
+    recorded = []  # one list of steps an episode
     for _ in range(episodes):
         observation, info = env.reset()
         action, reward = np.zeros(2), 0.0
-        motion.append([])
+        recorded.append([])
         for _ in range(STEPS):
-            motion[-1].append({**observation, "action": action, "reward": reward, "truth": info["position"]})
+            recorded[-1].append({**observation, "action": action, "reward": reward, "truth": info["position"]})
             action = rng.uniform(-1, 1, 2)
             observation, reward, _, _, info = env.step(action)
-    motion = {name: np.array([[step[name] for step in steps] for steps in zip(*motion)]) for name in motion[0][0]}
+    names = recorded[0][0]
+    motion = {name: np.array([[step[name] for step in steps] for steps in zip(*recorded)]) for name in names}
     for sensor in {"position", "x", "y"} & motion.keys():
         # Standardised: uniform in 0..1 has mean 1/2, variance 1/12. Left so small, they are learnt later
         # than the picture, and it is the camera that the ELBO relies on.
@@ -204,17 +205,19 @@ def draw(world, sensors, spaces, numbers):
     """
     a, b = sensors
     figure = Figure(figsize=(15, 5.4), layout="constrained")
-    *halves, key = figure.subfigures(1, 3, width_ratios=[7, 7, 1.4], wspace=0.04)
-    for half, (method, space) in zip(halves, spaces.items()):
+    parts = figure.subfigures(1, 3, width_ratios=[7, 7, 1.4], wspace=0.04, squeeze=False)[0]
+    for half, (method, space) in zip(parts, spaces.items()):
         n = numbers[method]
         half.suptitle(f"{method}, " + ("Eq. (10)" if method == "ELBO" else "Eq. (17)"), fontweight="bold")
         axes = half.subplots(2, 3)
         transfer = [n[f"R2 of position by nearest expert means, {pair}"] for pair in (f"{b} -> {a}", f"{a} -> {b}")]
         titles = [f"{name}'s expert\nread as the other's: $R^2$ {r:.2f}" for name, r in zip(sensors, transfer)]
         scatter_row(axes[0], space.mean, space.truth, [*titles, "product of both"])
-        decoded = {view: n[f"R2 of position from the latent state, {view}"] for view in (f"{a} alone", f"{b} alone", "both")}
-        scatter_row(axes[1], space.latent, space.truth, [f"latent state, {view}\n$R^2$ {r:.2f}" for view, r in decoded.items()])
-    axis = key.subplots()
+        views = (f"{a} alone", f"{b} alone", "both")
+        decoded = {view: n[f"R2 of position from the latent state, {view}"] for view in views}
+        titles = [f"latent state, {view}\n$R^2$ {r:.2f}" for view, r in decoded.items()]
+        scatter_row(axes[1], space.latent, space.truth, titles)
+    axis = parts[2].subplots()
     grid = torch.linspace(0, 1, 50)
     square = torch.cartesian_prod(grid, grid).flip(-1)  # rows of the picture are y
     axis.imshow(colours(square).reshape(50, 50, 3), origin="lower", extent=(0, 1, 0, 1))

@@ -162,7 +162,7 @@ examples:
 
 # A task's own defaults. The toy control task trains on a CPU in minutes: small networks and batches,
 # larger learning rates, a shorter memory of the future than 100 steps.
-TOY = dict(
+TOY: dict = dict(
     num_envs=4, steps=6_000, prefill=2_000, first_updates=200, updates_per_1000=400, capacity=20_000, eval_every=1_200,
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
     model_lr=3e-3, actor_lr=2e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
@@ -180,7 +180,7 @@ LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail fo
 POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
 NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 exploration mpc_rate mpc_iterations fused_kl_scale "
                 "touch_weight reward_weight free_nats").split()  # fmt: skip
-MAY_CHANGE = ("resume", "device", "deterministic", "cuda_graphs", "steps", "log_every", "eval_every")  # when a run is resumed
+MAY_CHANGE = "resume device deterministic cuda_graphs steps log_every eval_every".split()  # when a run is resumed
 
 
 def parse(arguments=None):
@@ -211,7 +211,9 @@ def parse(arguments=None):
 def command_line(arguments, default):
     """The configuration `default` as the command line changes it; --help shows one box a group."""
     groups = {group.__name__.lower(): group for group in reversed(Config.__bases__)}
-    nested = make_dataclass("Options", [(name, tyro.conf.OmitArgPrefixes[group]) for name, group in groups.items()])
+    nested = make_dataclass(
+        "Options", [(name, tyro.conf.OmitArgPrefixes[group]) for name, group in groups.items()]  # type: ignore
+    )  # fmt: skip
     defaults = {
         name: group(**{f.name: getattr(default, f.name) for f in fields(group)}) for name, group in groups.items()
     }  # fmt: skip
@@ -282,10 +284,12 @@ def check(config):
         refuse("absent_logit", "a number or -inf")
     for name, choices in {
         "task": list(environments.TASKS), "method": list(METHODS), "device": ["auto", "cpu", "cuda"],
-        "precision": ["auto", "float32", "bfloat16"], "expert_power": [1, 2],
+        "precision": ["auto", "float32", "bfloat16"],
     }.items():  # fmt: skip
         if getattr(config, name) not in choices:
-            refuse(name, "one of " + ", ".join(map(str, choices)))
+            refuse(name, "one of " + ", ".join(choices))
+    if config.expert_power not in (1, 2):
+        refuse("expert_power", "1 or 2")
     if not re.fullmatch(r"[\w.+-]{0,100}", config.name) or config.name.startswith("."):
         refuse("name", "at most 100 letters, digits, and _ . + -")
     env = environments.make_env(config.task, **sensing(config))  # raises ValueError for what else there is to sense
@@ -528,7 +532,10 @@ def main(config):
     """Train from the configuration; see the module's docstring for what it leaves."""
     # Worker processes first: they are forked, and must not inherit a CUDA context.
     make = partial(environments.make_vector_env, config.task, **sensing(config))
-    with closing(make(config.num_envs)) as envs, closing(make(config.eval_episodes, split="eval")) as eval_envs:
+    with (
+        closing(make(num_envs=config.num_envs)) as envs,
+        closing(make(num_envs=config.eval_episodes, split="eval")) as eval_envs,
+    ):
         space, action_size = envs.single_observation_space, envs.single_action_space.shape[0]
         agent = make_agent(config, space, action_size)
         if agent.device.type == "cpu":

@@ -1,6 +1,7 @@
 """agent.py: returns and losses against Eq. (18), (19) written out; who learns from what; acting."""
 
 import contextlib
+import gc
 import io
 import itertools
 import math
@@ -479,3 +480,18 @@ def test_an_update_takes_few_operations():
         benchmark.count_operators(**sizes | more) for more in ({}, {"batch_length": 6}, {"horizon": 4})
     )
     assert longer - update <= 60 and further - update <= 110
+
+
+def test_an_update_leaves_nothing_behind():
+    """The gradients of shared layers pass through a list; a reference too many would keep every graph alive."""
+    agent, batch = tiny_agent(), random_batch()
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    agent.update(batch)
+    agent.update(batch)
+    before = tensors()
+    agent.update(batch)
+    assert tensors() == before

@@ -125,10 +125,11 @@ def test_continuous_integration_runs_the_readmes_test_line():
     assert block[1] in read(".ci/run").splitlines()
 
 
-def test_every_file_and_option_that_the_readme_names_exists():
+def test_every_file_and_option_that_the_readme_names_exists_and_the_file_map_has_every_program():
     text = read("README.md")
+    assert set(re.findall(r"^\| \[`(\w+\.py)`\]", text, re.MULTILINE)) == {path.name for path in ROOT.glob("*.py")}
     for name in re.findall(r"\]\(([\w./]+)\)", text):
         assert (ROOT / name).exists(), name
     options = {"--" + field.replace("_", "-") for config in (train.Config, evaluate.Options) for field in config.__dataclass_fields__}
     options |= {"--no-" + option[2:] for option in options}
-    assert set(re.findall(r"--[a-z][\w-]+", text)) <= options | {"--help"}
+    assert set(re.findall(r"--[a-z][\w-]+", text)) <= options | {"--help", "--logdir"}  # the last is TensorBoard's

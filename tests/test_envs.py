@@ -622,7 +622,7 @@ def test_spaces(make, task, expected):
     assert {name: box.shape for name, box in space.items()} == expected
     for observation, *_ in rollout(env, 3):
         assert list(observation) == list(expected) and observation in space
-    for name, box in list(space.items())[:-1]:
+    for box in list(space.values())[:-1]:
         assert box.dtype == (np.uint8 if box.shape[-1] == 3 else np.float32)
     repeat, steps = (2, 500) if task in envs.SUITE else (1, 100)
     assert (env.unwrapped.action_repeat, env.unwrapped.episode_steps) == (repeat, steps)
@@ -727,7 +727,7 @@ def test_vector_of_the_control_suite_after_opengl_was_used_here(make):
     make("finger_spin").reset()  # a fork of this process would hang at its first picture
     vector = make_vector_env("finger_spin", 1, seed=3)
     assert list(vector.single_observation_space) == ["rgb", "depth", "touch", "present"]
-    [(observation, _), (after, reward, *_)] = [vector.reset(), vector.step(np.zeros((1, 2), np.float32))]
+    [(observation, _), (after, *_)] = [vector.reset(), vector.step(np.zeros((1, 2), np.float32))]
     vector.close()
     [seed] = np.random.SeedSequence(3).generate_state(1, np.uint64).tolist()
     alone = make("finger_spin", seed=seed)
