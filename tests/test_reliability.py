@@ -23,6 +23,7 @@ from conftest import random_batch, tiny_agent
 from test_train import flat, lines
 
 import envs
+import killer
 import runs
 import train
 from agent import Agent
@@ -60,6 +61,7 @@ def home(tmp_path_factory):
     """A working directory with a finished run of 500 steps, runs/whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("reliability"))
+        killer.without_pictures(patch.setattr)
         run(*TOY, "--steps", 500, "--name", "whole")
         yield Path.cwd()
 
