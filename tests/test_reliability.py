@@ -1,4 +1,4 @@
-"""A run that is stopped, killed, starved or fed with damaged files: nothing is lost, and one line says what happened."""
+"""A run is stopped, killed, starved or fed with damaged files: nothing is lost, and one line says what happened."""
 
 import gc
 import json
@@ -23,6 +23,7 @@ from conftest import random_batch, tiny_agent
 from test_train import flat, lines
 
 import envs
+import killer
 import runs
 import train
 from agent import Agent
@@ -60,6 +61,7 @@ def home(tmp_path_factory):
     """A working directory with a finished run of 500 steps, runs/whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("reliability"))
+        killer.without_pictures(patch.setattr)
         run(*TOY, "--steps", 500, "--name", "whole")
         yield Path.cwd()
 
@@ -115,11 +117,12 @@ def test_equal_seeds_give_equal_runs(home):
 
 
 def test_killed_25_times_at_any_moment_equals_uninterrupted(home):
-    """SIGKILL at random moments, half of the time with slowed writes: also into a checkpoint, the replay, an evaluation."""
+    """SIGKILL at random moments, half of the time with slowed writes, so also into a checkpoint or the replay."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def killer(kills, name):
-        command = [sys.executable, ROOT / "tests" / "killer.py", "1", str(kills), *TOY, "--steps", "800", "--name", name]
+        options = [*TOY, "--steps", "800", "--name", name]
+        command = [sys.executable, ROOT / "tests" / "killer.py", "1", str(kills), *options]
         return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 
     assert killer(0, "unharmed")["status"] == 0
@@ -203,7 +206,8 @@ def test_a_signal_to_the_process_group_leaves_a_checkpoint_and_no_process(home, 
             time.sleep(0.02)
     assert len(workers) == 2
     said = log.read_text()
-    assert "Traceback" not in said and said.splitlines()[-1].startswith(f"train.py: stopped by {signal.Signals(number).name}")
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"train.py: stopped by {signal.Signals(number).name}")
     assert not [entry for entry in os.listdir("/dev/shm") if str(process.pid) in entry]
     state = runs.load_checkpoint(folder)
     assert state["updates"] >= max(line.get("updates", 0) for line in lines(folder)) > 0
@@ -424,8 +428,11 @@ def test_out_of_memory_says_what_to_lower(capsys):
     for allocate in (lambda: torch.empty(2**55, dtype=torch.uint8), lambda: np.empty(2**55, np.uint8)):
         code, line = failure(allocate, capsys)
         assert code == 1 and "lower --batch-size" in line
-    code, line = failure(lambda: (_ for _ in ()).throw(torch.AcceleratorError("CUDA error: unspecified launch failure")), capsys)
-    assert code == 1 and "the GPU failed" in line and "--resume" in line
+
+
+def test_a_lost_gpu_is_said_in_one_line():
+    line, code = runs.explain(torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors ..."))
+    assert code == 1 and "the GPU failed" in line and "--resume" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("ending", ["raise ValueError", "sys.exit(3)", "pass"])
@@ -443,15 +450,15 @@ def test_updates_keep_nothing_alive():
         agent.update(random_batch())
         gc.collect()
         counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
-    assert counts[-1] == counts[-2] == counts[-3]
+    assert len(set(counts[1:])) == 1
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape"):
         try:
-            torch.zeros(2) @ torch.zeros(3)
-        except RuntimeError:
-            runs.fail("train.py", RuntimeError("shape mismatch"))
+            torch.zeros(2, 3) @ torch.zeros(2, 3)
+        except RuntimeError as error:
+            runs.fail("train.py", error)
 
 
 # ---- 4. Configurations ----
