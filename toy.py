@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 from tqdm import trange
 
 from envs import make_env
+from config import Config
 from evaluate import matching_rank
-from train import Config, fail, keep_freed_memory, make_agent, seeds
+from train import fail, keep_freed_memory, make_agent, seeds
 
 TASKS = {"position_camera": "toy", "two_cameras": "toy_two_cameras", "x_and_y": "toy_xy"}
 METHODS = {"ELBO": "mssm_e", "MuMMI": "mummi"}
@@ -79,8 +80,13 @@ def random_motion(task, episodes, missing_rate, seed):
 
 
 def learn(method, options, motion, **changes):
-    """The world model that one method, with a changed configuration, learns from the motion. Adam's rate falls to zero."""
-    config = Config(task=TASKS[options.world], method=METHODS[method], seed=options.seed, device="cpu", **SMALL | changes)
+    """The world model that one method learns from the motion, if asked with a changed configuration.
+
+    Adam's rate falls to zero meanwhile.
+    """
+    config = Config(
+        task=TASKS[options.world], method=METHODS[method], seed=options.seed, device="cpu", **SMALL | changes
+    )  # fmt: skip
     agent = make_agent(config, make_env(config.task).observation_space, action_size=2)  # only its model learns
     rng = np.random.default_rng(options.seed)
     for update in trange(options.updates, desc=method):

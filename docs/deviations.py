@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import toy  # isort: skip
+import toy  # isort: skip (before torch, whose threads it quiets)
+
+import numpy as np
+import torch
 
 WAYS = {  # other sides: the configuration's change
     "default": {},

@@ -19,6 +19,8 @@ from test_reliability import TOY
 import envs
 import runs
 import train
+from config import Config
+from methods import METHODS
 
 EXAMPLES = int(os.environ.get("FUZZ", 1))  # times as many
 settings.register_profile("fuzz", deadline=None, derandomize="FUZZ" not in os.environ, database=None,
@@ -45,7 +47,7 @@ NUMBERS = st.one_of(
     st.integers(-5, 5), st.integers(-(2**70), 2**70), st.floats(), st.sampled_from(["1e400", "-0", "1_0", "0x10"])
 ).map(str)
 WORDS = st.one_of(
-    st.sampled_from([*envs.TASKS, *train.METHODS, "cpu", "released", "procedural", "runs", "..", "/", "a\nb", ""]),
+    st.sampled_from([*envs.TASKS, *METHODS, "cpu", "released", "procedural", "runs", "..", "/", "a\nb", ""]),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=300),
 )
 VALUES = {float: NUMBERS, int: NUMBERS, str: WORDS}
@@ -53,7 +55,7 @@ VALUES = {float: NUMBERS, int: NUMBERS, str: WORDS}
 
 @st.composite
 def options(draw):
-    chosen = draw(st.lists(st.sampled_from(fields(train.Config)), max_size=4))
+    chosen = draw(st.lists(st.sampled_from(fields(Config)), max_size=4))
     given = draw(st.sampled_from([[], ["--task", "toy"]]))
     for field in chosen:
         name = "--" + field.name.replace("_", "-")
@@ -101,7 +103,7 @@ def small(draw):
     values["discount"], values["return_lambda"] = draw(st.floats(0, 1)), draw(st.floats(0, 1))
     values["clip"] = draw(st.floats(0, 1e9, exclude_min=True))
     values["absent_logit"] = draw(st.sampled_from(["-inf", "-100", "0"]))
-    values["method"], values["task"] = draw(st.sampled_from(list(train.METHODS))), draw(st.sampled_from(list(envs.TOY)))
+    values["method"], values["task"] = draw(st.sampled_from(list(METHODS))), draw(st.sampled_from(list(envs.TOY)))
     given = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     for name in ("sample_s_f", "prior_if_unobserved", "over_present"):
         given += ["--no-" + name.replace("_", "-")] * draw(st.integers(0, 1))
@@ -125,7 +127,7 @@ JSON = st.recursive(
 )
 
 
-@given(JSON | st.dictionaries(st.sampled_from([field.name for field in fields(train.Config)]), JSON, max_size=5))
+@given(JSON | st.dictionaries(st.sampled_from([field.name for field in fields(Config)]), JSON, max_size=5))
 @settings(max_examples=100 * EXAMPLES)
 def test_a_configuration_file_is_taken_or_refused(empty, values):
     (empty / "config.json").write_text(json.dumps(values))

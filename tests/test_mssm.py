@@ -1,13 +1,28 @@
 """mssm.py: fusion against integrated densities, dynamics against their formulas, and what may depend on what."""
 
-import itertools
 import contextlib
+import itertools
 import math
 
 import pytest
 import torch
-from conftest import (D_C, D_F, D_H, D_X, MODALITIES, A, B, M, T, close, observe, random_batch, random_present,
-                      take_the_mean, tiny_model)  # fmt: skip
+from conftest import (
+    D_C,
+    D_F,
+    D_H,
+    D_X,
+    MODALITIES,
+    A,
+    B,
+    M,
+    T,
+    close,
+    observe,
+    random_batch,
+    random_present,
+    take_the_mean,  # fmt: skip
+    tiny_model,
+)
 
 import mssm
 from mummi_loss import gaussian_kl

@@ -16,6 +16,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
+import killer
 import numpy as np
 import pytest
 import torch
@@ -23,10 +24,10 @@ from conftest import random_batch, tiny_agent
 from test_train import flat, lines
 
 import envs
-import killer
 import runs
 import train
 from agent import Agent
+from config import load_config
 from replay import Replay
 
 ROOT = Path(__file__).parent.parent
@@ -470,7 +471,7 @@ def test_the_configuration_is_strict_json(home):
 
     text = Path("runs/whole/config.json").read_text()
     assert json.loads(text, parse_constant=refuse)["absent_logit"] == "-inf"
-    assert train.load_config("runs/whole").absent_logit == -math.inf
+    assert load_config("runs/whole").absent_logit == -math.inf
     for line in Path("runs/whole/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
 
