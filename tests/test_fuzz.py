@@ -94,7 +94,7 @@ def small(draw):
     """Options of a run of a hundred steps that takes a second."""
     numbers = {
         "num_envs": (1, 3), "eval_episodes": (1, 2), "d_h": (1, 9), "d_c": (1, 9), "d_f": (1, 9), "hidden": (1, 9),
-        "units": (1, 9), "batch_size": (1, 4), "batch_length": (1, 101), "horizon": (2, 4), "mpc_iterations": (0, 2),
+        "units": (1, 9), "batch_size": (1, 4), "batch_length": (2, 101), "horizon": (2, 4), "mpc_iterations": (0, 2),
         "first_updates": (0, 2), "prefill": (0, 100), "log_every": (1, 3), "capacity": (101, 400),
         "eval_every": (1, 200), "seed": (0, 2**40), "expert_power": (1, 2),
     }  # fmt: skip
