@@ -576,6 +576,7 @@ class Workers(AsyncVectorEnv):
     TIMEOUT = 300
 
     def __init__(self, makers, context):
+        self.processes, self.parent_pipes = [], []
         atexit.register(self.close)  # before multiprocessing's own end, whose SIGTERM the workers ignore
         self.ask(super().__init__, makers, context=context, worker=work)
 

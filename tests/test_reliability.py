@@ -436,11 +436,17 @@ def test_a_lost_gpu_is_said_in_one_line():
     assert code == 1 and "the GPU failed" in line and "--resume" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("ending", ["raise ValueError", "sys.exit(3)", "pass"])
-def test_a_program_that_does_not_close_its_workers_ends_all_the_same(ending):
+@pytest.mark.parametrize("ending, code", [("raise ValueError", 1), ("sys.exit(3)", 3), ("pass", 0)])
+def test_a_program_that_does_not_close_its_workers_ends_all_the_same(ending, code):
     program = f"import sys, envs\nworkers = envs.make_vector_env('toy', 2)\nworkers.reset()\n{ending}"
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, capture_output=True)
-    assert process.returncode == {"raise ValueError": 1, "sys.exit(3)": 3, "pass": 0}[ending]
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=200, capture_output=True)
+    assert process.returncode == code
+
+
+def test_workers_that_cannot_start_leave_nothing_to_close():
+    program = "import envs\nenvs.make_vector_env('finger_spin', 2, backgrounds='nowhere')"
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=200, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.splitlines()[-1].startswith("ValueError: backgrounds nowhere")
 
 
 def test_updates_keep_nothing_alive():
