@@ -282,7 +282,7 @@ def test_a_worker_killed_or_hung_ends_the_run_with_a_checkpoint(home, monkeypatc
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "replay", "video"])
-def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, what):
+def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, request, what):
     """/dev/full takes the place of a file: it refuses every byte as a full disk does."""
     before = (copy / "checkpoint.pt").read_bytes()
     if what == "checkpoint":
@@ -290,10 +290,11 @@ def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, what)
     elif what == "video":
         os.symlink("/dev/full", copy / "video-00000600.mp4.tmp")
     else:
-        original = Replay.add
+        original, full = Replay.add, open("/dev/full", "r+b", buffering=0)
+        request.addfinalizer(full.close)
 
         def add(self, episode):
-            self.columns["camera"].file = open("/dev/full", "r+b", buffering=0)
+            self.columns["camera"].file = full
             original(self, episode)
 
         monkeypatch.setattr(Replay, "add", add)
