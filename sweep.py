@@ -163,7 +163,7 @@ def execute(command, folder, threads, attempt):
     wait_until_free(folder)
     with open(folder / "sweep.log", "a+b") as log:
         node = ray.get_runtime_context().get_node_id()
-        log.write(f"--- attempt {attempt} on {os.uname().nodename}, node {node}, worker {os.getpid()}\n".encode())
+        log.write(f"\n--- attempt {attempt} on {os.uname().nodename}, node {node}, worker {os.getpid()}\n".encode())
         log.flush()
         line = [sys.executable, "-c", LAUNCH, str(os.getpid()), *command]
         process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
@@ -219,6 +219,7 @@ def cluster(options):
         import rich  # noqa: F401  of the table
     except ImportError as error:
         raise ValueError(f"{error}: pip install -r requirements-sweep.txt") from None
+    os.environ.setdefault("RAY_worker_niceness", "0")  # runs are no background work, which Ray takes them for
     # Nothing goes through the object store; the dashboard is not needed.
     here = {} if options.address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
     try:
@@ -285,7 +286,7 @@ class Job:
     attempt: int = 0
     due: float = 0.0  # when to submit it, time.monotonic()
     log_size: int = 0  # of sweep.log when it was submitted
-    reached: float = float("nan")  # the last return
+    reached: float | None = None  # the last return
     first: tuple = ()  # (time, steps) when this attempt was first seen to learn,
     last: tuple = ()  # and when it was last seen to have moved
 
@@ -299,15 +300,15 @@ def look(job):
         return
     with open(metrics, "rb") as file:
         file.seek(max(0, metrics.stat().st_size - 16384))
-        lines = file.read().splitlines()
+        lines, now = file.read().splitlines(), None
     for line in lines:
         with suppress(ValueError):  # the first may be half a line
             values = json.loads(line)
-            steps, job.reached = values["steps"], values.get("eval_return", values.get("train_return", job.reached))
-    now = (time.monotonic(), steps) if lines else ()
-    if now and (not job.first or steps < job.first[1]):
+            job.reached = values.get("eval_return", values.get("train_return", job.reached))
+            now = time.monotonic(), values["steps"]
+    if now and (not job.first or now[1] < job.first[1]):
         job.first = job.last = now
-    elif now and steps != job.last[1]:
+    elif now and now[1] != job.last[1]:
         job.last = now
 
 
@@ -323,7 +324,7 @@ def table(jobs, title):
         row = [job.folder.name, job.state + (f", attempt {job.attempt}" if job.attempt > 1 else "")]
         if job.last:
             seconds, steps = job.last[0] - job.first[0], job.last[1] - job.first[1]
-            row += [f"{job.last[1]:,} of {job.total:,}", "" if job.reached != job.reached else f"{job.reached:.1f}"]
+            row += [f"{job.last[1]:,} of {job.total:,}", "" if job.reached is None else f"{job.reached:.1f}"]
             if seconds and job.state == "running":
                 row += [f"{steps / seconds:.1f}", f"{(job.total - job.last[1]) * seconds / steps / 3600:.1f} h"]
         shown.add_row(*row)
