@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -240,15 +240,17 @@ def check_nodes(ray, runs):
     ask = ray.remote(num_cpus=0, max_retries=0)(probe)
     answers = ray.get([ask.options(scheduling_strategy=strategy(n, soft=False)).remote(runs, ROOT) for n in nodes])
     own = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()
-    for host, mark, code in answers:
-        for _ in range(30):  # a network's file system may be seconds late
-            if mark.exists():
-                break
-            time.sleep(0.2)
-        else:
-            raise ValueError(f"what node {host} writes to {runs} is not seen here: give --runs a folder that all "
-                             f"{len(nodes)} nodes share under the same path (NFS, Lustre, EFS, ...)")  # fmt: skip
-        mark.unlink()
+    for _ in range(30):  # a network's file system may be seconds late
+        unseen = [host for host, mark, _ in answers if not mark.exists()]
+        if not unseen:
+            break
+        time.sleep(0.2)
+    for _, mark, _ in answers:
+        mark.unlink(missing_ok=True)
+    if unseen:
+        raise ValueError(f"what node {unseen[0]} writes to {runs} is not seen here: give --runs a folder that all "
+                         f"{len(nodes)} nodes share under the same path (NFS, Lustre, EFS, ...)")  # fmt: skip
+    for host, _, code in answers:
         if code != own:
             raise ValueError(f"node {host} has another version of this code in {ROOT}, or none: put it on all nodes, "
                              "best on the shared file system")  # fmt: skip
@@ -338,7 +340,8 @@ def work(ray, jobs, gpus, cpus, retries, title):
 
     task = ray.remote(execute).options(num_gpus=gpus, num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
     console, tasks = Console(stderr=True, highlight=False, markup=False), {}
-    with Live(console=console, auto_refresh=False) as live, StopSignals() as stop:
+    with ExitStack() as last, Live(console=console, auto_refresh=False) as live, StopSignals() as stop:
+        last.callback(console.print)  # the end of the table's last line
         try:
             while any(job.state in ("waiting", "running") for job in jobs):
                 for job in jobs:
@@ -348,7 +351,7 @@ def work(ray, jobs, gpus, cpus, retries, title):
                 for job in tasks.values():
                     look(job)
                 for ref in ready:
-                    console.print(settle(ray, tasks.pop(ref), ref, retries))
+                    console.print(settle(ray, tasks.pop(ref), ref, retries), soft_wrap=True)
                 live.update(table(jobs, title), refresh=True)
                 stop.check()
         except Stopped as error:
