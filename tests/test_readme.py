@@ -23,12 +23,13 @@ import pictures
 import plot
 import replay
 import runs
+import sweep
 import toy
 import train
 import wiping
 
 ROOT = Path(__file__).parent.parent
-MODULES = (mssm, mummi_loss, agent, envs, wiping, replay, methods, config, runs, pictures, train, evaluate, toy, plot)
+MODULES = (mssm, mummi_loss, agent, envs, wiping, replay, methods, config, runs, pictures, train, evaluate, toy, plot, sweep)
 EPISODE = "action_repeat, episode_steps = 2, 500"  # of the control suite, and of Table Wiping
 HAVE_RUN = set()  # commands that two documents give are run once
 SMALL = {  # what makes a command of each program small
@@ -36,6 +37,8 @@ SMALL = {  # what makes a command of each program small
     "evaluate.py": ["--episodes", "1", "--rates", "High"],
     "toy.py": ["--updates", "2"],
     "benchmark.py": None,  # its smallest section instead
+    "sweep.py": [*"--tasks toy --methods mummi --seeds 1 --runs swept --gpus-per-run 0 --episodes 1".split(),
+                 *test_train.SMALL[2:], "--steps", "400"],
 }  # fmt: skip
 
 
@@ -55,9 +58,11 @@ def reduced(command):
     small = SMALL.get(program, [])
     if small is None:
         options, small = ["replay"], []
-    for name in small[::2]:  # an option that the command gives already
+    for name in small[::2]:  # an option that the command gives already, with one value or several
         if name in options and name != "--name":
-            del options[options.index(name) : options.index(name) + 2]
+            start = options.index(name)
+            end = next((i for i in range(start + 1, len(options)) if options[i].startswith("--")), len(options))
+            del options[start:end]
     return " ".join(["python", program, *options, *small])
 
 
@@ -92,7 +97,9 @@ def test_every_command_runs(document, copy):
     for command in commands(document):
         if command.startswith("python -m pytest") or command.startswith("tensorboard"):
             continue  # this, and a server
-        if "wiping" in command and importlib.util.find_spec("robosuite") is None:
+        if "wiping" in command and "sweep" not in command and importlib.util.find_spec("robosuite") is None:
+            continue
+        if "sweep.py" in command and importlib.util.find_spec("ray") is None:
             continue
         assert re.match(r"python \w+\.py( |$)", command), f"{command}: is it to be run?"
         programs.add(command.split()[1])
