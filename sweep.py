@@ -348,7 +348,11 @@ def work(ray, jobs, gpus, cpus, retries, title):
                 for job in jobs:
                     if job.state == "waiting" and job not in tasks.values() and time.monotonic() >= job.due:
                         submit(job, task, cpus, tasks)
-                ready = ray.wait([*tasks], timeout=1)[0] if tasks else time.sleep(1) or []
+                ready = []
+                if tasks:
+                    ready = ray.wait([*tasks], timeout=1)[0]
+                else:  # all wait for their retries
+                    time.sleep(1)
                 for job in tasks.values():
                     look(job)
                 for ref in ready:
