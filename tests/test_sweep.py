@@ -216,7 +216,7 @@ def test_a_node_that_does_not_see_the_runs_is_named(cluster):
     runs.mkdir()
     ray = shutil.which("ray", path=Path(sys.executable).parent)
     line = f"mount -t tmpfs none {runs} && exec {ray} start --address {cluster.address} --num-cpus 1 --block"
-    other = subprocess.Popen(["unshare", "-m", "sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    other = subprocess.Popen(["unshare", "-m", "sh", "-c", line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         expected = len(cluster.list_all_nodes()) + 1
         for _ in range(600):
