@@ -31,6 +31,7 @@ from gymnasium.spaces import Box, Dict, MultiBinary
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agent as behaviour
+from config import Config
 from envs import TASKS, make_env, make_vector_env
 from replay import Replay
 from runs import Log, Progress
@@ -99,7 +100,7 @@ def random_batch(length, batch_size, device, modalities=3):
 
 def make(modalities=3, **options):
     """An agent, the paper's but for the options, and a batch for it."""
-    config = train.Config(**options)
+    config = Config(**options)
     agent = train.make_agent(config, space(modalities), ACTION_SIZE)
     return agent, random_batch(config.batch_length, config.batch_size, agent.device, modalities)
 
@@ -272,7 +273,7 @@ def environments():
 
 def replay():
     """Drawing a batch of 50 x 50 from a small and from a full replay, the latter a sparse file."""
-    results, rng, config = {}, np.random.default_rng(0), train.Config()
+    results, rng, config = {}, np.random.default_rng(0), Config()
     for capacity in (10_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
             memory = Replay(folder, train.replay_fields(space(), ACTION_SIZE), capacity)
@@ -288,7 +289,7 @@ class Enough(Exception):
 
 def training(seconds=60):
     """Environment steps and updates a second of `train.py` on finger_spin, evaluation and checkpoints aside."""
-    config = train.Config(prefill=8_000, first_updates=6, capacity=100_000)  # an episode of each environment first
+    config = Config(prefill=8_000, first_updates=6, capacity=100_000)  # an episode of each environment first
     start = SimpleNamespace(time=None)
 
     def check():

@@ -242,12 +242,14 @@ def read_clip(video, max_frames=501):
             data = io.BytesIO(file.read_bytes()) if pictures else open(file, "rb")
             with data, av.open(data, options={"format_whitelist": FORMATS}) as container:
                 size = container.streams.video[0].codec_context
+                if size is None:
+                    raise ValueError("its codec is unknown")
                 if size.width * size.height > MAX_PIXELS:
                     raise ValueError(f"it has {size.width} x {size.height} pixels")
                 for frame in itertools.islice(container.decode(video=0), max_frames - len(clip)):
                     frame = frame.reformat(SIZE, SIZE, "rgb24", interpolation="AREA")
                     clip.append(frame.to_ndarray())
-        except (av.FFmpegError, IndexError, OSError, ValueError) as error:  # IndexError: sound without pictures
+        except Exception as error:  # a damaged file raises whatever it likes
             raise ValueError(f"background {file} is not readable as video: {error}") from error
     if not clip:
         raise ValueError(f"background {video} holds no frames; remove it")
@@ -574,6 +576,7 @@ class Workers(AsyncVectorEnv):
     TIMEOUT = 300
 
     def __init__(self, makers, context):
+        self.processes, self.parent_pipes = [], []
         atexit.register(self.close)  # before multiprocessing's own end, whose SIGTERM the workers ignore
         self.ask(super().__init__, makers, context=context, worker=work)
 

@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from train import fail, make_agent, make_config, run_episodes, seeds, to_device  # isort: skip (before torch, whose threads it quiets)
+from train import fail, make_agent, run_episodes, seeds, to_device  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ import tyro
 
 import envs as environments
 import wiping
+from config import make_config
 from methods import METHODS
 from pictures import write_video
 from runs import load_checkpoint

@@ -2,7 +2,7 @@
 
 An objective is a function of the model, of what it inferred from a batch (`mssm.Filtered`) and of the
 batch (`Agent.update`); it returns the loss of the world model and a dictionary of scalars to log. The
-configuration gives its weights (`train.Config`, group *Objective*).
+configuration gives its weights (`config.Config`, group *Objective*).
 
 Shapes: T steps, B sequences, N = T * B, M modalities.
 """

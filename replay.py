@@ -40,6 +40,8 @@ class Column:
             np.lib.format.open_memmap(fresh, "w+", dtype=dtype, shape=(rows, *shape))
             os.replace(fresh, path)  # never a file without its header
         self.file = open(path, "r+b", buffering=0)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # what follows is not read next
         weakref.finalize(self, self.file.close)
         try:
             np.lib.format.read_magic(self.file)

@@ -176,6 +176,7 @@ class Log:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.file.close()
             raise ValueError(f"{folder} is in use by another process: wait until it ends, or stop it") from error
         except OSError:
             pass  # a file system without locks

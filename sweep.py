@@ -35,6 +35,7 @@ import tyro
 
 import evaluate
 import plot
+from config import MAY_CHANGE, Config, check, load_config, parse
 from runs import Fault, Stopped, StopSignals, create_folder, write_config
 
 ROOT = Path(__file__).resolve().parent
@@ -77,12 +78,12 @@ def plan(options, rest):
         raise ValueError(f"--gpus-per-run {options.gpus_per_run} is not allowed: give 0 to 1, a run uses one GPU")
     configs, runs = {}, Path(options.runs).resolve()
     for task in options.tasks or TASKS:
-        base = train.parse(["--task", task, "--name", "sweep.tmp", *rest])  # a name that no run has
+        base = parse(["--task", task, "--name", "sweep.tmp", *rest])  # a name that no run has
         if base.backgrounds != "procedural":
             base.backgrounds = str(Path(base.backgrounds).resolve())
         for method, seed in itertools.product(options.methods or METHODS, options.seeds or (1, 2, 3)):
             config = replace(base, method=method, seed=seed)
-            train.check(config)
+            check(config)
             folder = runs / f"{task}-{method}-{seed}"
             configs[folder] = replace(config, name="")
             if folder.exists():
@@ -92,9 +93,9 @@ def plan(options, rest):
 
 def check_same(folder, config):
     """Raises ValueError where a folder is not of the run that is asked for."""
-    was = train.load_config(folder)
+    was = load_config(folder)
     for name in (field.name for field in fields(config)):
-        if name not in (*train.MAY_CHANGE, "name") and getattr(was, name) != getattr(config, name):
+        if name not in (*MAY_CHANGE, "name") and getattr(was, name) != getattr(config, name):
             raise ValueError(f"{folder} was trained with --{name.replace('_', '-')} {getattr(was, name)}, not "
                              f"{getattr(config, name)}: give the same options again, or another --runs")  # fmt: skip
 
@@ -123,7 +124,7 @@ def describe(configs, left):
     """
     folder = next(iter(configs)).parent
     lines = [f"{len(configs)} runs in {folder}, of which {len(configs) - len(left)} are finished."]
-    size, paper = [*train.MODEL, "batch_size", "batch_length", "horizon"], train.Config()
+    size, paper = [*train.MODEL, "batch_size", "batch_length", "horizon"], Config()
     large = [configs[f] for f in left if all(getattr(configs[f], name) == getattr(paper, name) for name in size)]
     if len(large) < len(left):
         lines.append(f"{len(left) - len(large)} to be made are not of the sizes of Table I: no estimate for them.")
@@ -327,7 +328,7 @@ def table(jobs, title):
         if job.last:
             seconds, steps = job.last[0] - job.first[0], job.last[1] - job.first[1]
             row += [f"{job.last[1]:,} of {job.total:,}", "" if job.reached is None else f"{job.reached:.1f}"]
-            if seconds and job.state == "running":
+            if steps > 0 and job.state == "running":
                 row += [f"{steps / seconds:.1f}", f"{max(0, job.total - job.last[1]) * seconds / steps / 3600:.1f} h"]
         shown.add_row(*row)
     return shown
@@ -347,7 +348,11 @@ def work(ray, jobs, gpus, cpus, retries, title):
                 for job in jobs:
                     if job.state == "waiting" and job not in tasks.values() and time.monotonic() >= job.due:
                         submit(job, task, cpus, tasks)
-                ready = ray.wait([*tasks], timeout=1)[0] if tasks else time.sleep(1) or []
+                ready = []
+                if tasks:
+                    ready = ray.wait([*tasks], timeout=1)[0]
+                else:  # all wait for their retries
+                    time.sleep(1)
                 for job in tasks.values():
                     look(job)
                 for ref in ready:

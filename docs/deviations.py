@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import toy  # isort: skip
+import toy  # isort: skip (before torch, whose threads it quiets)
+
+import numpy as np
+import torch
 
 WAYS = {  # other sides: the configuration's change
     "default": {},
@@ -60,7 +60,7 @@ def main():
         fit, test = (toy.random_motion("toy", toy.TEST_EPISODES, 0.0, s) for s in seeds[1:3])
         sparse = toy.random_motion("toy", toy.TEST_EPISODES, 0.75, seeds[3])
         for way, changes in WAYS.items():
-            model = toy.learn("MuMMI", toy.Options(seed=seed), train, **changes)
+            model = toy.learn("MuMMI", toy.Options(seed=seed, updates=1_000), train, **changes)
             rows.append({"way": way, "seed": seed, **effects(model, fit, test, sparse)})
             print(rows[-1], file=sys.stderr)
     whats = list(rows[0])[2:]

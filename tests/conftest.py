@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mssm
+from config import Config
 from mssm import MSSM
 
 MODALITIES = {"rgb": (64, 64, 3), "depth": (64, 64, 1), "touch": (2,)}
@@ -60,10 +61,8 @@ def observe(model, batch, state=None):
 
 
 def tiny_config(method="mummi", **kwargs):
-    import train
-
     small = dict(task="toy", device="cpu", precision="float32", horizon=4, free_nats=0.0)
-    return train.Config(method=method, **TINY | small | kwargs)
+    return Config(method=method, **TINY | small | kwargs)
 
 
 def tiny_agent(method="mummi", **kwargs):

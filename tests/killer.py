@@ -23,6 +23,13 @@ import runs
 import train
 
 
+def without_pictures(setattr=setattr):
+    """Those in TensorBoard take as long as the rest of an evaluation, and test_pictures.py has them."""
+    setattr(train, "of_evaluation", lambda *args: {})
+    setattr(train, "gif", lambda *args: None)
+    setattr(runs.Log, "show_pictures", lambda *args: None)
+
+
 def slow_down():
     """Writing takes long, so that a kill falls into it: of checkpoints and metrics, rows, and file names."""
     write, pwrite, replace = os.write, os.pwrite, os.replace
@@ -76,6 +83,7 @@ def main(seed, kills, options):
     folder = Path("runs") / options[options.index("--name") + 1]
     torch.set_num_threads(1)
     torch.optim.Adam([torch.zeros(1)])  # imports a second's worth
+    without_pictures()
     seen = []
     for kill in range(kills + 1):
         new = [*options] if not folder.exists() else ["--resume", str(folder)]

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import (A, B, D_C, D_H, T, close, observe, random_batch, take_the_mean, tiny_agent)  # fmt: skip
+from conftest import D_C, D_H, A, B, T, close, observe, random_batch, take_the_mean, tiny_agent  # fmt: skip
 from torch import nn
 from torch.utils._pytree import tree_map
 
 import agent as behaviour
 import benchmark
-import train
 from agent import Actor, Agent, Critic
 from mssm import MSSM
 
@@ -455,7 +454,7 @@ def test_imagination_and_returns_compile_into_one_graph(monkeypatch):
         close(actual, expected)
 
 
-@pytest.mark.parametrize("method", sorted(train.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_an_update_and_a_decision_never_wait_for_a_value(monkeypatch, method):
     """A CUDA graph knows no values. Tensors of the meta device have none: asking for one would raise."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta does not know

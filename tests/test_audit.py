@@ -15,7 +15,8 @@ import pytest
 
 import evaluate
 import sweep
-import train
+import toy
+from config import Config
 
 ROOT = Path(__file__).parent.parent
 COMPONENTS = ("mssm.py", "mummi_loss.py", "agent.py", "envs.py", "replay.py")
@@ -131,6 +132,6 @@ def test_every_file_and_option_that_the_readme_names_exists_and_the_file_map_has
     assert set(re.findall(r"^\| \[`(\w+\.py)`\]", text, re.MULTILINE)) == {path.name for path in ROOT.glob("*.py")}
     for name in re.findall(r"\]\(([\w./]+)\)", text):
         assert (ROOT / name).exists(), name
-    options = {"--" + field.replace("_", "-") for config in (train.Config, evaluate.Options, sweep.Options) for field in config.__dataclass_fields__}
+    options = {"--" + field.replace("_", "-") for config in (Config, evaluate.Options, toy.Options, sweep.Options) for field in config.__dataclass_fields__}
     options |= {"--no-" + option[2:] for option in options}
     assert set(re.findall(r"--[a-z][\w-]+", text)) <= options | {"--help", "--logdir"}  # the last is TensorBoard's

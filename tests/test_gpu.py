@@ -5,12 +5,14 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import A, B, D_H, close, random_batch, tiny_agent, tiny_config
+from conftest import D_H, A, B, close, random_batch, tiny_agent, tiny_config
 from torch.utils._pytree import tree_map
 
 import mssm
 import runs
 import train
+from config import load_config
+from methods import METHODS
 
 pytestmark = pytest.mark.gpu
 WARM_UP = 3  # calls before a graph is recorded
@@ -36,7 +38,7 @@ def weights(agent):
     return torch.cat([p.detach().flatten() for m in (agent.model, agent.actor, agent.critic) for p in m.parameters()])
 
 
-@pytest.mark.parametrize("method", sorted(train.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 1e-3)])
 def test_recorded_and_plain_updates_agree(method, precision, tolerance):
     """Five updates from equal seeds and batches; the random numbers are the same, too."""
@@ -153,5 +155,5 @@ def test_a_run_trains_on_the_gpu_and_goes_on_where_it_was(tmp_path, monkeypatch)
     )  # fmt: skip
     train.main(config)
     assert runs.load_checkpoint("runs/toy-mummi-1")["updates"] >= 40
-    train.main(dataclasses.replace(train.load_config("runs/toy-mummi-1"), steps=900, resume="runs/toy-mummi-1"))
+    train.main(dataclasses.replace(load_config("runs/toy-mummi-1"), steps=900, resume="runs/toy-mummi-1"))
     assert runs.load_checkpoint("runs/toy-mummi-1")["steps"] >= 900

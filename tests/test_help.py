@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 import train
+from config import EXAMPLES, Config, command_line
 
 ROOT = Path(__file__).parent.parent
-SOURCE = (ROOT / "train.py").read_text()
+SOURCE = (ROOT / "config.py").read_text()
 HELP = dict(re.findall(r"^    (\w+): (?:str|int|float|bool) = .*?  # (.*)", SOURCE, re.MULTILINE))
 ORIGIN = re.compile(r"\[((?:(?:section V|Appendix [AB]|Table I(?:, II)?|Eq\. \(\d+\)|code|CVRL|ours)(?:: [^;\]]+)?(?:; )?)+)\]$")
 README = dict(re.findall(r"^\| D(\d+) \|.*\| ([^|]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
-PAPER = train.Config()
+PAPER = Config()
 
 
-@pytest.mark.parametrize("field", fields(train.Config), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", fields(Config), ids=lambda field: field.name)
 def test_every_default_has_its_value_in_the_paper_or_the_released_code(field):
     """And is one of them, or a deviation. "ours" stands alone."""
     origin = ORIGIN.search(HELP[field.name])
@@ -50,7 +51,7 @@ def test_the_options_of_a_deviation_reach_the_released_code():
             option = "--" + name.replace("_", "-")
             value = getattr(PAPER, name)
             arguments = ["--no-" + option[2:]] if value is True else [option, released[1]]
-            given = getattr(train.command_line(arguments, PAPER), name)
+            given = getattr(command_line(arguments, PAPER), name)
             assert str(given) == released[1] or float(given) == float(released[1])
 
 
@@ -59,25 +60,25 @@ def test_help_is_grouped_fits_100_columns_and_ends_with_examples():
     command = [sys.executable, ROOT / "train.py", "--help"]
     process = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
     page = process.stdout
-    assert page.startswith(train.__doc__) and page.endswith(train.EXAMPLES) and process.stderr == ""
+    assert page.startswith(train.__doc__) and page.endswith(EXAMPLES) and process.stderr == ""
     assert max(map(len, page.splitlines())) <= 100
     boxes = re.findall(r"╭─ (\w+) options ─", page)
-    assert boxes == [group.__name__.lower() for group in reversed(train.Config.__bases__)]
+    assert boxes == [group.__name__.lower() for group in reversed(Config.__bases__)]
     options = re.findall(r"^│ --(?:no-)?([a-z][\w-]+)", page, re.MULTILINE)
-    assert [name.replace("-", "_") for name in options] == [field.name for field in fields(train.Config)]
+    assert [name.replace("-", "_") for name in options] == [field.name for field in fields(Config)]
 
 
-@pytest.mark.parametrize("line", train.EXAMPLES.splitlines()[1:])
+@pytest.mark.parametrize("line", EXAMPLES.splitlines()[1:])
 def test_the_examples_are_commands(line):
     program, *arguments = shlex.split(line.split("  ")[1])[1:]
     assert program == "train.py"
     if "--help" not in arguments:
-        train.command_line(arguments, PAPER)
+        command_line(arguments, PAPER)
 
 
 def test_a_resumed_run_may_repeat_its_options():
-    default = train.Config(sample_s_f=False, resume="runs/x")
-    assert train.command_line(["--no-sample-s-f"], default).sample_s_f is False
+    default = Config(sample_s_f=False, resume="runs/x")
+    assert command_line(["--no-sample-s-f"], default).sample_s_f is False
 
 
 def test_an_unknown_option_ends_with_code_2(tmp_path):

@@ -9,6 +9,8 @@ from torch.distributions import Normal, kl_divergence
 
 import mssm
 import train
+from config import Config
+from methods import METHODS
 
 N = T * B
 
@@ -81,7 +83,7 @@ def test_elbo_reconstructs_every_modality_that_is_present(method):
 
 
 def test_five_methods_are_five_pairs_of_fusion_and_objective():
-    pairs = {name: (fusion, objective.__name__) for name, (fusion, _, objective) in train.METHODS.items()}
+    pairs = {name: (fusion, objective.__name__) for name, (fusion, _, objective) in METHODS.items()}
     assert pairs == {
         "mummi": ("product", "mummi"),
         "mummi_b": ("product", "mummi_b"),
@@ -122,11 +124,11 @@ def test_the_field_of_a_deviation_reaches_the_loss(field):
 @pytest.mark.parametrize("method", ["mummi", "mummi_b", "mssm_e"])
 def test_the_kl_of_the_fused_code_has_its_weight(method):
     """Mean over the steps at which anything is present; at weight 0, the default, no such network exists."""
-    assert train.Config().fused_kl_scale == 0
+    assert Config().fused_kl_scale == 0
     agent, batch = tiny_agent(method, fused_kl_scale=0.1), random_batch()
     model, filtered = agent.model, observe(agent.model, batch)
     with_kl, _ = agent.objective(model, filtered, batch)
-    without, _ = train.METHODS[method][2](model, filtered, batch, tiny_config(method))
+    without, _ = METHODS[method][2](model, filtered, batch, tiny_config(method))
     q = Normal(filtered.fused.mean.double(), filtered.fused.std.double())
     kl = kl_divergence(q, Normal(*(x.double() for x in model.fused_prior(filtered.s_c)))).sum(-1)
     close(with_kl - without, 0.1 * kl[batch["present"].any(-1)].mean(), 1e-4)
@@ -153,7 +155,7 @@ def test_the_seed_decides_every_parameter():
 @pytest.mark.dev(16)
 def test_two_million_steps_are_environment_steps():
     """5,000 random steps, 100 updates, then 100 updates per 1,000 environment steps."""
-    config = train.Config()
+    config = Config()
     assert config.steps == 2_000_000
     assert [train.updates_due(config, steps) for steps in (0, 4_999, 5_000, 6_000, 2_000_000)] == [0, 0, 100, 200, 199_600]
 
@@ -216,7 +218,7 @@ def top_level_shapes(method):
 
 
 def test_methods_differ_in_fusion_and_heads_and_in_nothing_else():
-    shapes = {method: top_level_shapes(method) for method in train.METHODS}
+    shapes = {method: top_level_shapes(method) for method in METHODS}
     own = {
         "mummi": {"model.experts", "model.code"},
         "mummi_b": {"model.experts", "model.code"},
@@ -236,7 +238,7 @@ def test_methods_differ_in_fusion_and_heads_and_in_nothing_else():
     assert shapes["mssm_e"]["model.decoders"] == shapes["dreamer"]["model.decoders"]
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_reduces_its_own_loss(method):
     agent, batch = tiny_agent(method, model_lr=3e-3), random_batch()
     losses = [float(agent.update(batch)["model_loss"]) for _ in range(40)]

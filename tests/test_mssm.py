@@ -1,13 +1,28 @@
 """mssm.py: fusion against integrated densities, dynamics against their formulas, and what may depend on what."""
 
-import itertools
 import contextlib
+import itertools
 import math
 
 import pytest
 import torch
-from conftest import (D_C, D_F, D_H, D_X, MODALITIES, A, B, M, T, close, observe, random_batch, random_present,
-                      take_the_mean, tiny_model)  # fmt: skip
+from conftest import (
+    D_C,
+    D_F,
+    D_H,
+    D_X,
+    MODALITIES,
+    A,
+    B,
+    M,
+    T,
+    close,
+    observe,
+    random_batch,
+    random_present,
+    take_the_mean,  # fmt: skip
+    tiny_model,
+)
 
 import mssm
 from mummi_loss import gaussian_kl
@@ -452,6 +467,21 @@ def test_observe_and_imagine_compile_into_one_graph(monkeypatch, fusion, heads):
     compiled = torch.compile(run, fullgraph=True, backend="eager")(*arguments)
     for actual, expected in zip(compiled, run(*arguments)):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("function, sizes", [(mssm.gru, (3 * D_H, 3 * D_H, D_H)), (mssm.shift, (2 * D_H, D_H))])
+def test_what_a_gpu_compiles_is_one_graph_for_every_batch(function, sizes):
+    """Forwards and backwards, as a GPU would have it but for the kernels; another batch size compiles nothing new."""
+    compiled = torch.compile(function.__wrapped__, dynamic=True, fullgraph=True, backend="aot_eager")
+    for rows in (B, 4 * B):
+        arguments = [torch.randn(rows, size, requires_grad=True) for size in sizes]
+        result, expected = compiled(*arguments), function(*arguments)
+        close(result, expected)
+        for x, y in zip(torch.autograd.grad(result.sum(), arguments), torch.autograd.grad(expected.sum(), arguments)):
+            close(x, y)
+        if rows == B:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.dev(14)

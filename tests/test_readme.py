@@ -13,6 +13,7 @@ import pytest
 import test_train
 
 import agent
+import config
 import envs
 import evaluate
 import methods
@@ -28,7 +29,7 @@ import train
 import wiping
 
 ROOT = Path(__file__).parent.parent
-MODULES = (mssm, mummi_loss, agent, envs, wiping, replay, methods, runs, pictures, train, evaluate, toy, plot, sweep)
+MODULES = (mssm, mummi_loss, agent, envs, wiping, replay, methods, config, runs, pictures, train, evaluate, toy, plot, sweep)
 EPISODE = "action_repeat, episode_steps = 2, 500"  # of the control suite, and of Table Wiping
 HAVE_RUN = set()  # commands that two documents give are run once
 SMALL = {  # what makes a command of each program small

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed, starved or fed with damaged files: nothing is lost, and one line says what happened."""
+"""A run is stopped, killed, starved or fed with damaged files: nothing is lost, and one line says what happened."""
 
 import gc
 import json
@@ -16,6 +16,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
+import killer
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ import envs
 import runs
 import train
 from agent import Agent
+from config import load_config
 from replay import Replay
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +62,7 @@ def home(tmp_path_factory):
     """A working directory with a finished run of 500 steps, runs/whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("reliability"))
+        killer.without_pictures(patch.setattr)
         run(*TOY, "--steps", 500, "--name", "whole")
         yield Path.cwd()
 
@@ -115,11 +118,12 @@ def test_equal_seeds_give_equal_runs(home):
 
 
 def test_killed_25_times_at_any_moment_equals_uninterrupted(home):
-    """SIGKILL at random moments, half of the time with slowed writes: also into a checkpoint, the replay, an evaluation."""
+    """SIGKILL at random moments, half of the time with slowed writes, so also into a checkpoint or the replay."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def killer(kills, name):
-        command = [sys.executable, ROOT / "tests" / "killer.py", "1", str(kills), *TOY, "--steps", "800", "--name", name]
+        options = [*TOY, "--steps", "800", "--name", name]
+        command = [sys.executable, ROOT / "tests" / "killer.py", "1", str(kills), *options]
         return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 
     assert killer(0, "unharmed")["status"] == 0
@@ -203,7 +207,8 @@ def test_a_signal_to_the_process_group_leaves_a_checkpoint_and_no_process(home, 
             time.sleep(0.02)
     assert len(workers) == 2
     said = log.read_text()
-    assert "Traceback" not in said and said.splitlines()[-1].startswith(f"train.py: stopped by {signal.Signals(number).name}")
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"train.py: stopped by {signal.Signals(number).name}")
     assert not [entry for entry in os.listdir("/dev/shm") if str(process.pid) in entry]
     state = runs.load_checkpoint(folder)
     assert state["updates"] >= max(line.get("updates", 0) for line in lines(folder)) > 0
@@ -277,7 +282,7 @@ def test_a_worker_killed_or_hung_ends_the_run_with_a_checkpoint(home, monkeypatc
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "replay", "video"])
-def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, what):
+def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, request, what):
     """/dev/full takes the place of a file: it refuses every byte as a full disk does."""
     before = (copy / "checkpoint.pt").read_bytes()
     if what == "checkpoint":
@@ -285,10 +290,11 @@ def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, what)
     elif what == "video":
         os.symlink("/dev/full", copy / "video-00000600.mp4.tmp")
     else:
-        original = Replay.add
+        original, full = Replay.add, open("/dev/full", "r+b", buffering=0)
+        request.addfinalizer(full.close)
 
         def add(self, episode):
-            self.columns["camera"].file = open("/dev/full", "r+b", buffering=0)
+            self.columns["camera"].file = full
             original(self, episode)
 
         monkeypatch.setattr(Replay, "add", add)
@@ -424,15 +430,24 @@ def test_out_of_memory_says_what_to_lower(capsys):
     for allocate in (lambda: torch.empty(2**55, dtype=torch.uint8), lambda: np.empty(2**55, np.uint8)):
         code, line = failure(allocate, capsys)
         assert code == 1 and "lower --batch-size" in line
-    code, line = failure(lambda: (_ for _ in ()).throw(torch.AcceleratorError("CUDA error: unspecified launch failure")), capsys)
-    assert code == 1 and "the GPU failed" in line and "--resume" in line
 
 
-@pytest.mark.parametrize("ending", ["raise ValueError", "sys.exit(3)", "pass"])
-def test_a_program_that_does_not_close_its_workers_ends_all_the_same(ending):
+def test_a_lost_gpu_is_said_in_one_line():
+    line, code = runs.explain(torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors ..."))
+    assert code == 1 and "the GPU failed" in line and "--resume" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("ending, code", [("raise ValueError", 1), ("sys.exit(3)", 3), ("pass", 0)])
+def test_a_program_that_does_not_close_its_workers_ends_all_the_same(ending, code):
     program = f"import sys, envs\nworkers = envs.make_vector_env('toy', 2)\nworkers.reset()\n{ending}"
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, capture_output=True)
-    assert process.returncode == {"raise ValueError": 1, "sys.exit(3)": 3, "pass": 0}[ending]
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=200, capture_output=True)
+    assert process.returncode == code
+
+
+def test_workers_that_cannot_start_leave_nothing_to_close():
+    program = "import envs\nenvs.make_vector_env('finger_spin', 2, backgrounds='nowhere')"
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=200, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.splitlines()[-1].startswith("ValueError: backgrounds nowhere")
 
 
 def test_updates_keep_nothing_alive():
@@ -442,16 +457,16 @@ def test_updates_keep_nothing_alive():
     for _ in range(4):
         agent.update(random_batch())
         gc.collect()
-        counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
-    assert counts[-1] == counts[-2] == counts[-3]
+        counts.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+    assert len(set(counts[1:])) == 1
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape"):
         try:
-            torch.zeros(2) @ torch.zeros(3)
-        except RuntimeError:
-            runs.fail("train.py", RuntimeError("shape mismatch"))
+            torch.zeros(2, 3) @ torch.zeros(2, 3)
+        except RuntimeError as error:
+            runs.fail("train.py", error)
 
 
 # ---- 4. Configurations ----
@@ -463,7 +478,7 @@ def test_the_configuration_is_strict_json(home):
 
     text = Path("runs/whole/config.json").read_text()
     assert json.loads(text, parse_constant=refuse)["absent_logit"] == "-inf"
-    assert train.load_config("runs/whole").absent_logit == -math.inf
+    assert load_config("runs/whole").absent_logit == -math.inf
     for line in Path("runs/whole/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
 

@@ -17,7 +17,7 @@ import methods
 import mssm
 import mummi_loss
 import replay
-import train
+from config import Config
 
 # Primes, all different, but for what is made of others: D_z = D_h + D_c, D_x = 32 channels.
 SIZES = dict(T=2, B=5, M=3, hidden=31, A=7, H=11, N=13, D=17, D_h=19, D_c=23, D_z=19 + 23, D_f=29, D_x=32, L=59)
@@ -172,7 +172,7 @@ def test_shapes_of_what_the_model_makes_of_dictionaries(batch):
     assert (state.h.shape, state.s_c.shape) == ((T * B, SIZES["D_h"]), (T * B, SIZES["D_c"]))
     state = model.imagine_step(start, torch.rand(N, A))
     assert (state.h.shape, state.s_c.shape) == (sizes("(N, D_h)"), sizes("(N, D_c)"))
-    latent, log_reward, kl, _ = methods.shared_terms(model, filtered, batch, train.Config())
+    latent, log_reward, kl, _ = methods.shared_terms(model, filtered, batch, Config())
     assert (latent.shape, log_reward.shape, kl.shape) == ((T * B, SIZES["D_z"]), (T * B,), (T * B,))
     decoding = mssm.MSSM(MODALITIES, A, heads="decoders", channels=1, d_h=SIZES["D_h"], d_c=SIZES["D_c"])
     decoded = decoding.decode(latent.unflatten(0, (T, B)))

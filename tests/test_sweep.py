@@ -14,7 +14,7 @@ import pytest
 from test_reliability import TOY, assert_equal_runs, run
 
 import sweep
-import train
+from config import Config, parse
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--tasks", "toy", "--methods", "mummi", "cvrl", "--seeds", "1", "2", "--episodes", "1", *TOY[: TOY.index("--task")],
@@ -41,7 +41,7 @@ def test_without_options_it_is_table_1_and_asks(capsys):
     paper = json.loads((ROOT / "results" / "paper.json").read_text())["Table I"]
     assert {(c.task, c.method) for c in planned.values()} == {(t, m) for t in paper for m in paper[t]["None"]}
     config = planned[Path("runs").resolve() / "cup_catch-cvrl-2"]
-    assert config == train.parse("--task cup_catch --method cvrl --seed 2".split())
+    assert config == parse("--task cup_catch --method cvrl --seed 2".split())
     assert sweep.main(sweep.Options(), []) is None
     said = capsys.readouterr().out
     assert "60 runs" in said and "--yes" in said and not Path("runs").exists()
@@ -159,7 +159,7 @@ def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(c
     """Two methods x two seeds, bit for bit; and then their table and curves."""
     process = start(cluster, "--steps", 600)
     folders = [Path("runs").resolve() / f"toy-{method}-{seed}" for method in ("mummi", "cvrl") for seed in (1, 2)]
-    training = lambda: [f for f in folders if (f / "checkpoint.pt").exists() and not sweep.finished(f, train.Config(steps=600))]  # noqa: E731
+    training = lambda: [f for f in folders if (f / "checkpoint.pt").exists() and not sweep.finished(f, Config(steps=600))]  # noqa: E731
     wait_for(training, process)
     killed = training()[0]
     os.kill(int(place(killed)[1]), signal.SIGKILL)
@@ -198,7 +198,7 @@ def test_an_interrupted_sweep_goes_on_and_a_run_that_fails_does_not_stop_the_oth
     code, said = end(start(cluster, *options))
     assert code == 1 and "1 of 2 runs failed: toy-mummi-2" in said, said
     assert "toy-mummi-2: exit code 2" in said and "attempt 2 of 2 follows" in said and "given up" in said
-    assert sweep.finished(folders[0], train.Config(steps=400)) and "1 seed, 1 episodes" in Path("runs/table.md").read_text()
+    assert sweep.finished(folders[0], Config(steps=400)) and "1 seed, 1 episodes" in Path("runs/table.md").read_text()
 
     (folders[1] / "checkpoint.pt").write_bytes(whole)
     before = (folders[0] / "sweep.log").read_text()
@@ -216,7 +216,7 @@ def test_a_node_that_does_not_see_the_runs_is_named(cluster):
     runs.mkdir()
     ray = shutil.which("ray", path=Path(sys.executable).parent)
     line = f"mount -t tmpfs none {runs} && exec {ray} start --address {cluster.address} --num-cpus 1 --block"
-    other = subprocess.Popen(["unshare", "-m", "sh", "-c", line], stdout=subprocess.DEVNULL)
+    other = subprocess.Popen(["unshare", "-m", "sh", "-c", line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         expected = len(cluster.list_all_nodes()) + 1
         for _ in range(600):

@@ -139,10 +139,10 @@ def test_a_sensor_alone_is_its_expert_alone():
     assert (changed.mean[2] - seen.mean[2]).abs().max() > 1e-3
 
 
-def test_mummi_learns_x_from_x_and_y_from_y(monkeypatch):
-    """In some seconds, in the world without pictures."""
+def test_the_elbo_learns_x_from_x_and_y_from_y():
+    """In some seconds, in the world without pictures; seeds 0, 1, 2 gave 0.78 or more, and 0.04 or less."""
     options = toy.Options(world="x_and_y", updates=250, seed=0)
-    model = toy.learn("MuMMI", options, toy.random_motion("toy_xy", 30, 0.0, seed=1))
+    model = toy.learn("ELBO", options, toy.random_motion("toy_xy", 30, 0.0, seed=1))
     fit, test = (toy.perceive(model, toy.random_motion("toy_xy", 10, 0.0, seed)) for seed in (2, 3))
     numbers = toy.measure(["x", "y"], fit, test)
     assert numbers["R2 of position from the latent state, both"] > 0.7

@@ -13,6 +13,7 @@ import envs
 import evaluate
 import runs
 import train
+from config import TASK_DEFAULTS, Config
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--task toy --device cpu --num-envs 2 --eval-episodes 2 --prefill 200 --first-updates 3 --updates-per-1000 20 "
@@ -61,7 +62,7 @@ def test_updates_keep_the_ratio_of_the_protocol(folder):
     """3 after the random steps, then 20 a 1,000 environment steps; none before."""
     state = runs.load_checkpoint(folder)
     assert (state["steps"], state["updates"]) == (600, 3 + 20 * 398 // 1000)  # due at the last decision
-    config = train.Config()
+    config = Config()
     assert train.updates_due(config, 4_999) == 0
     assert train.updates_due(config, 5_000) == 100
     assert train.updates_due(config, 2_000_000) == 100 + 199_500
@@ -167,8 +168,7 @@ def test_the_papers_table_1_is_whole():
 def test_table_2_is_what_removing_the_workspace_camera_leaves():
     table = json.loads(evaluate.PAPER.read_text())["Table II"]
     sensors = ["workspace", "robot"]
-    options = [evaluate.Options(runs=("a",), remove=remove) for remove in ((), ("workspace",))]
-    kept = [evaluate.sensor_subsets(option, sensors)[0] for option in options]
+    kept = evaluate.sensor_subsets(evaluate.Options(runs=("a",), remove=("workspace",)), sensors)
     assert set(table) == {"+".join(names) for names in kept}
     for names in kept:
         for missing in ("Medium", "None"):
@@ -227,7 +227,7 @@ def test_the_command_line_ends_with_one_line_and_code_2(program, options, tmp_pa
 
 
 def test_evaluation_refuses_runs_that_are_not_comparable():
-    configs = {"a": train.Config(), "b": train.Config(method="cvrl", seed=3), "c": train.Config(d_h=100)}
+    configs = {"a": Config(), "b": Config(method="cvrl", seed=3), "c": Config(d_h=100)}
     with pytest.raises(ValueError, match="a and c differ in d_h, 200 and 100"):
         evaluate.check_comparable(configs)
     configs.pop("c")
@@ -260,5 +260,5 @@ def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
     assert train.parse(["--task", "finger_spin", "--name", "x"]).batch_length == 50
     assert train.parse(["--task", "toy", "--name", "x"]).batch_length == 25
     assert train.parse(["--task", "toy", "--batch-length", "30", "--name", "x"]).batch_length == 30
-    assert set(train.TASK_DEFAULTS) == {*envs.TOY, "table_wiping"}
-    assert train.TASK_DEFAULTS["table_wiping"]["steps"] == 1_000_000  # section VI
+    assert set(TASK_DEFAULTS) == {*envs.TOY, "table_wiping"}
+    assert TASK_DEFAULTS["table_wiping"]["steps"] == 1_000_000  # section VI

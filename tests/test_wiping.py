@@ -22,6 +22,7 @@ from test_envs import same
 import envs
 import train
 import wiping
+from config import TASK_DEFAULTS, Config
 from envs import make_env
 
 pytest.importorskip("robosuite", reason="Table Wiping needs: pip install -r requirements-wiping.txt")
@@ -314,7 +315,7 @@ def test_the_file_works_alone(tmp_path):
 @pytest.mark.parametrize("method, size", [("mummi", 256), ("mssm_e", 256), ("cvrl", 512)])
 def test_codes_have_the_sizes_of_appendix_b(method, size):
     """D_f = 256, and 512 = 256 x 2 concatenated."""
-    config = train.Config(task="table_wiping", method=method, device="cpu", **train.TASK_DEFAULTS["table_wiping"])
+    config = Config(task="table_wiping", method=method, device="cpu", **TASK_DEFAULTS["table_wiping"])
     agent = train.make_agent(config, make_env("table_wiping").observation_space, 6)
     images = {name: torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8) for name in ("workspace", "robot")}
     fused = agent.model.fuse(agent.model.encode(images), torch.ones(2, 1, 1, dtype=torch.bool))

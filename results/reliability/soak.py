@@ -3,7 +3,7 @@
     python results/reliability/soak.py --minutes 30
 
 writes soak.csv beside itself, a line a sample: resident memory, open files and threads of the main process, and of
-its workers together. The first five minutes are warm-up. Ends with SIGKILL and reads metrics.jsonl.
+its workers together. All until the third evaluation is warm-up. Ends with SIGKILL and reads metrics.jsonl.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 OPTIONS = ("--task finger_spin --device cpu --num-envs 2 --eval-episodes 2 --prefill 1000 --eval-every 1000 "
-           "--updates-per-1000 20 --first-updates 20 --log-every 10 --batch-size 8 --batch-length 16 --channels 8 --units 100 --hidden 100 --d-f 256 --horizon 8 "
-           "--capacity 5000 --steps 1000000").split()  # fmt: skip
+           "--updates-per-1000 20 --first-updates 20 --log-every 10 --batch-size 8 --batch-length 16 --channels 8 "
+           "--units 100 --hidden 100 --d-f 256 --horizon 8 --capacity 5000 --steps 1000000").split()  # fmt: skip
 
 
 def sample(pid):
@@ -35,7 +35,8 @@ def main(minutes):
         with open(Path(folder) / "log", "w") as log:
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         writer, rows, started = csv.writer(file), [], time.monotonic()
-        writer.writerow("seconds updates main_mb main_files main_threads workers_mb workers_files workers_threads".split())
+        names = "seconds evaluations updates main_mb main_files main_threads workers_mb workers_files workers_threads"
+        writer.writerow(names.split())
         metrics = Path(folder) / "runs" / "soak" / "metrics.jsonl"
         while time.monotonic() < started + 60 * minutes and process.poll() is None:
             time.sleep(30)
@@ -43,17 +44,18 @@ def main(minutes):
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             updates = max((json.loads(line).get("updates", 0) for line in lines), default=0)
             together = [sum(values) for values in zip(*map(sample, workers))] or [0, 0, 0]
-            rows.append([time.monotonic() - started, updates, *sample(process.pid), *together])
+            evaluations = sum("eval_return" in line for line in lines)
+            rows.append([time.monotonic() - started, evaluations, updates, *sample(process.pid), *together])
             writer.writerow([round(x, 1) for x in rows[-1]])
             file.flush()
         process.kill()
         process.wait()
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        warm = [row for row in rows if row[0] > 300]
-        growth = {"main": warm[-1][2] / warm[0][2] - 1, "workers": warm[-1][5] / warm[0][5] - 1}
+        warm = [row for row in rows if row[1] >= 3]
+        growth = {"main": warm[-1][3] / warm[0][3] - 1, "workers": warm[-1][6] / warm[0][6] - 1}
         print(f"{len(lines)} lines of metrics.jsonl are whole; {sum('eval_return' in line for line in lines)} evaluations")
         print("growth of resident memory after warm-up:", {name: f"{100 * x:.2f} %" for name, x in growth.items()})
-        print("open files, threads:", {(row[3], row[4], row[6], row[7]) for row in warm})
+        print("open files, threads:", {(row[4], row[5], row[7], row[8]) for row in warm})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,285 @@
+"""Every option of `train.py`, its default and where that comes from; the command line, and what it refuses.
+
+    config = parse(["--task", "toy", "--method", "cvrl"])
+    config.d_h                                              # 64, the toy task's own
+    config = load_config("runs/toy-mummi-1")
+"""
+
+import argparse
+import json
+import math
+import re
+from dataclasses import dataclass, fields, make_dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+import envs as environments
+from methods import METHODS
+
+# ---- 1. Options and defaults ---------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What to train, and where."""
+
+    task: str = "finger_spin"  # finger_spin, walker_stand, _walk, _run, cup_catch, table_wiping, toy, ... [Table I]
+    method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
+    seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
+    name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
+    resume: str = ""  # folder of a run to go on with; its configuration is used [ours]
+    device: str = "auto"  # auto, cpu or cuda [ours]
+    precision: str = "auto"  # auto (bfloat16 on a GPU), float32 or bfloat16.  Dev. D14 [code: float16]
+    cuda_graphs: bool = True  # on a GPU, record an update and a decision as one CUDA graph each [ours]
+    deterministic: bool = False  # only algorithms that give the same bits every time, slower on a GPU [ours]
+
+
+@dataclass
+class Environment:
+    """Section V: what the agent sees, and how often it does not."""
+
+    num_envs: int = 8  # stepping side by side in worker processes [ours]
+    missing_rate: float = 0.375  # of each sensor's data in training [section V: 0.375]
+    missing_process: str = "exact"  # exact, or released: a random process.  Dev. D7 [section V: exact; code: released]
+    backgrounds: str = "procedural"  # or a path: videos, folders of frames, CVRL's arrays [section V: ILSVRC]
+
+
+@dataclass
+class Protocol:
+    """Section V: how long to train, and when to look at the agent."""
+
+    steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16 [code: 2000000]
+    prefill: int = 5_000  # environment steps of random actions before the first update [code: 5000]
+    first_updates: int = 100  # updates after the random steps [code: 100]
+    updates_per_1000: float = 100  # updates per 1,000 environment steps [code: 100]
+    capacity: int = 1_000_000  # decisions kept in the replay [ours]
+    log_every: int = 100  # updates between log lines [ours]
+    eval_every: int = 40_000  # environment steps between evaluations, rounded up to whole episodes [ours]
+    eval_episodes: int = 10  # at the training missing rate, backgrounds unseen in training [section V: 10]
+
+
+@dataclass
+class Model:
+    """Section III and Appendix B: sizes of the world model, and how it fuses its sensors."""
+
+    d_h: int = 200  # size of the deterministic state h [Appendix B: 200]
+    d_c: int = 30  # size of the stochastic state s^c [Appendix B: 30]
+    d_f: int = 1024  # size of the fused code s^f [Appendix B: 1024]
+    hidden: int = 200  # hidden layers of transition, prior and posterior [code: 200]
+    units: int = 400  # hidden layers of reward, actor and critic [code: 400]
+    channels: int = 32  # of the first convolution; features are 32 times as many [code: 32]
+    sample_s_f: bool = True  # sample the fused code, not its mean.  Dev. D2 [Eq. (11): True; code: False]
+    prior_if_unobserved: bool = True  # nothing present: the prior, not code 0.  Dev. D3 [Eq. (11): True; code: False]
+    expert_power: int = 2  # experts weigh 1/std to this power.  Dev. D1 [Eq. (11): 2; code: 1]
+
+
+@dataclass
+class Objective:
+    """Eq. (17): what the world model learns from."""
+
+    touch_weight: float = 0.001  # lambda^m of touch; 1 for every other modality.  Dev. D8 [code: 0.001]
+    reward_weight: float = 1.0  # of log p(r | z) [Eq. (17): 1]
+    free_nats: float = 3.0  # of the KL [code: 3]
+    fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6 [Eq. (17): 1; code: 0]
+    absent_logit: float = -math.inf  # log f of absent observations.  Dev. D4 [code: -100]
+    over_present: bool = True  # InfoNCE is a mean over present steps, not all.  Dev. D5 [Eq. (15): True; code: False]
+
+
+@dataclass
+class Learning:
+    """Batches, and Adam for the model, the actor and the critic."""
+
+    batch_size: int = 50  # sequences a batch [code: 50]
+    batch_length: int = 50  # steps a sequence [code: 50]
+    model_lr: float = 6e-4  # learning rate of the world model [code: 6e-4]
+    actor_lr: float = 8e-5  # learning rate of the actor [code: 8e-5]
+    critic_lr: float = 8e-5  # learning rate of the critic [code: 8e-5]
+    clip: float = 30.0  # global norm of each of the three gradients [code: 30]
+
+
+@dataclass
+class Behaviour:
+    """Appendix A: latent imagination, and latent-guided MPC."""
+
+    horizon: int = 15  # imagined steps H [code: 15]
+    discount: float = 0.99  # of a reward one step later [code: 0.99]
+    return_lambda: float = 0.95  # lambda of the lambda-return, Eq. (19) [code: 0.95]
+    initial_std: float = 5.0  # of the untrained actor, before tanh [code: 5]
+    mpc_rate: float = 0.003  # step of latent-guided MPC along the gradient of the return [code: 0.003]
+    mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [ours]
+    exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
+
+
+@dataclass
+class Config(Behaviour, Learning, Objective, Model, Protocol, Environment, Run):
+    """All of the above in one: `config.d_h`. The groups are those of --help."""
+
+
+EXAMPLES = """\
+examples:
+  python train.py --task toy                              a first run: six minutes on two CPU cores
+  python train.py --task finger_spin                      the paper's sizes and protocol, for a GPU
+  python train.py --task walker_walk --method cvrl --seed 2          another cell of Table I
+  python train.py --task cup_catch --backgrounds videos   a folder of videos behind the body
+  python train.py --task toy --touch-weight 1 --name touch-1         another lambda^m, Eq. (17)
+  python train.py --resume runs/finger_spin-mummi-1       go on after a stop
+  python train.py --task toy --help                       the defaults of another task
+"""
+
+# A task's own defaults. The toy control task trains on a CPU in minutes: small networks and batches,
+# larger learning rates, a shorter memory of the future than 100 steps.
+TOY: dict = dict(
+    num_envs=4, steps=6_000, prefill=2_000, first_updates=200, updates_per_1000=400, capacity=20_000, eval_every=1_200,
+    d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
+    model_lr=3e-3, actor_lr=2e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
+)  # fmt: skip
+# Table Wiping: section VI's length and Appendix B's codes of 256, concatenated 512. Only encoders this
+# narrow have 256 features.  Dev. D16, D18
+WIPING = dict(steps=1_000_000, d_f=256, channels=8)
+TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
+
+LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail for want of memory or disk
+    **dict.fromkeys("d_h d_c d_f hidden units channels batch_size batch_length".split(), 2**16),
+    **dict.fromkeys("num_envs eval_episodes horizon".split(), 2**10),
+    **dict.fromkeys("steps capacity log_every eval_every".split(), 10**10),
+}
+POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
+NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 exploration mpc_rate mpc_iterations fused_kl_scale "
+                "touch_weight reward_weight free_nats").split()  # fmt: skip
+MAY_CHANGE = "resume device deterministic cuda_graphs steps log_every eval_every".split()  # when a run is resumed
+
+
+# ---- 2. The command line --------------------------------------------------------------------------
+
+
+def parse(arguments, description=""):
+    """The configuration from a command line, on top of the task's, or the resumed run's, own.
+
+    description  what --help says first
+    Raises ValueError where `check` does.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=Config.task)
+    first.add_argument("--resume", default="")
+    known = first.parse_known_args(arguments)[0]
+    if known.resume:
+        default = replace(load_config(known.resume), resume=known.resume)
+    else:
+        default = Config(task=known.task, **TASK_DEFAULTS.get(known.task, {}))
+    config = command_line(arguments, default, description)
+    for field in fields(Config):
+        was, given = getattr(default, field.name), getattr(config, field.name)
+        if known.resume and field.name not in MAY_CHANGE and was != given:
+            option = "--" + field.name.replace("_", "-")
+            raise ValueError(f"{known.resume} was trained with {option} {was}, not {given}: leave {option} out, "
+                             "or start a new run")  # fmt: skip
+    check(config)
+    return config
+
+
+def command_line(arguments, default, description=""):
+    """The configuration `default` as the command line changes it; --help shows one box a group."""
+    groups = {group.__name__.lower(): group for group in reversed(Config.__bases__)}
+    nested = make_dataclass(
+        "Options", [(name, tyro.conf.OmitArgPrefixes[group]) for name, group in groups.items()]  # type: ignore
+    )  # fmt: skip
+    defaults = {
+        name: group(**{f.name: getattr(default, f.name) for f in fields(group)}) for name, group in groups.items()
+    }  # fmt: skip
+    pairs = () if default.resume else (tyro.conf.FlagCreatePairsOff,)  # only --no-x, unless a run may have had it
+    asked_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    try:
+        print(description + "\n" if asked_for_help else "", end="")
+        given = tyro.cli(nested, args=arguments, default=nested(**defaults), description="", config=pairs)
+    finally:
+        print(EXAMPLES if asked_for_help else "", end="")
+    return Config(**{name: value for group in groups for name, value in vars(getattr(given, group)).items()})
+
+
+def load_config(folder):
+    """The configuration of a run. Raises ValueError if the folder holds none."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{folder} is not the folder of a run: {path} is missing or unreadable; give one like "
+                         "runs/toy-mummi-1") from error  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return make_config(values, path)
+
+
+def make_config(values, source):
+    """A configuration from a dictionary that may be anyone's. Raises ValueError, naming the source."""
+    kinds = {field.name: field.type for field in fields(Config)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds no configuration")
+    unknown = [name for name in values if name not in kinds]
+    if unknown:
+        raise ValueError(f"{source} has {unknown[0]!r}, which this version does not know: use the one that wrote it")
+    for name, value in values.items():
+        if kinds[name] is float and (type(value) in (int, float) or value in ("inf", "-inf", "nan")):
+            values = values | {name: float(value)}
+        elif type(value) is not kinds[name]:
+            raise ValueError(f"{source} has {name} {value!r}, which is no {kinds[name].__name__}")
+    return Config(**values)
+
+
+def check(config):
+    """Raises ValueError with one line that says what was given, what is allowed and what to do."""
+
+    def refuse(name, allowed):
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give {allowed}")
+
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is float and field.name != "absent_logit" and not math.isfinite(value):
+            refuse(field.name, "a number")
+    for name, largest in LARGEST.items():
+        if not 1 <= getattr(config, name) <= largest:
+            refuse(name, f"1 to {largest}")
+    if config.horizon == 1:
+        refuse("horizon", "2 or more: the last imagined state only ends the return")
+    for name in POSITIVE:
+        if not getattr(config, name) > 0:
+            refuse(name, "more than 0")
+    for name in NOT_NEGATIVE:
+        if not 0 <= getattr(config, name) < 2**63:
+            refuse(name, "0 or more")
+    for name in ("discount", "return_lambda"):
+        if not 0 <= getattr(config, name) <= 1:
+            refuse(name, "0 to 1")
+    if not config.absent_logit < math.inf:
+        refuse("absent_logit", "a number or -inf")
+    for name, choices in {
+        "task": list(environments.TASKS), "method": list(METHODS), "device": ["auto", "cpu", "cuda"],
+        "precision": ["auto", "float32", "bfloat16"],
+    }.items():  # fmt: skip
+        if getattr(config, name) not in choices:
+            refuse(name, "one of " + ", ".join(choices))
+    if config.expert_power not in (1, 2):
+        refuse("expert_power", "1 or 2")
+    if not re.fullmatch(r"[\w.+-]{0,100}", config.name) or config.name.startswith("."):
+        refuse("name", "at most 100 letters, digits, and _ . + -")
+    env = environments.make_env(config.task, **sensing(config))  # raises ValueError for what else there is to sense
+    if config.batch_length > env.episode_steps + 1:
+        refuse("batch_length", f"at most {env.episode_steps + 1}, an episode of {config.task}")
+    if config.capacity < env.episode_steps + 1:
+        refuse("capacity", f"at least {env.episode_steps + 1}, an episode of {config.task}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU: leave --device out, or give cpu")
+    folder = run_folder(config)
+    if not config.resume and folder.exists():
+        raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}")
+
+
+def sensing(config):
+    """What the environments of training and evaluation share: missing data and backgrounds."""
+    return {name: getattr(config, name) for name in ("missing_rate", "missing_process", "backgrounds")}
+
+
+def run_folder(config):
+    """runs/<name>, by default runs/<task>-<method>-<seed>."""
+    return Path(config.resume or Path("runs") / (config.name or f"{config.task}-{config.method}-{config.seed}"))
