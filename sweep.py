@@ -328,8 +328,8 @@ def table(jobs, title):
         if job.last:
             seconds, steps = job.last[0] - job.first[0], job.last[1] - job.first[1]
             row += [f"{job.last[1]:,} of {job.total:,}", "" if job.reached is None else f"{job.reached:.1f}"]
-            if seconds and job.state == "running":
-                row += [f"{steps / seconds:.1f}", f"{(job.total - job.last[1]) * seconds / steps / 3600:.1f} h"]
+            if steps > 0 and job.state == "running":
+                row += [f"{steps / seconds:.1f}", f"{max(0, job.total - job.last[1]) * seconds / steps / 3600:.1f} h"]
         shown.add_row(*row)
     return shown
 

@@ -157,9 +157,9 @@ def alive(folder):
 
 def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(cluster):
     """Two methods x two seeds, bit for bit; and then their table and curves."""
-    process = start(cluster, "--steps", 800)
+    process = start(cluster, "--steps", 600)
     folders = [Path("runs").resolve() / f"toy-{method}-{seed}" for method in ("mummi", "cvrl") for seed in (1, 2)]
-    training = lambda: [f for f in folders if (f / "checkpoint.pt").exists() and not sweep.finished(f, Config(steps=800))]  # noqa: E731
+    training = lambda: [f for f in folders if (f / "checkpoint.pt").exists() and not sweep.finished(f, Config(steps=600))]  # noqa: E731
     wait_for(training, process)
     killed = training()[0]
     os.kill(int(place(killed)[1]), signal.SIGKILL)
@@ -175,7 +175,7 @@ def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(c
         assert "attempt 2 on" in (folder / "sweep.log").read_text()
     for folder in folders:
         task, method, seed = folder.name.split("-")
-        run(*TOY, "--steps", 800, "--method", method, "--seed", seed, "--name", f"alone-{folder.name}")
+        run(*TOY, "--steps", 600, "--method", method, "--seed", seed, "--name", f"alone-{folder.name}")
         assert_equal_runs(Path("runs") / f"alone-{folder.name}", folder)
     assert Path("runs/table.md").read_text() in said and said.count("| toy | position+camera |") == 3
     assert Path("runs/curves.png").exists() and Path("runs/curves.svg").exists()
