@@ -50,6 +50,7 @@ def space(modalities=3):
 
 
 def wait():
+    """Until the GPU has done what it was asked."""
     if CUDA:
         torch.cuda.synchronize()
 
@@ -67,6 +68,7 @@ def milliseconds(function, repeats, warm_up=1):
 
 
 def spread(times):
+    """Median, min and max of a list of numbers."""
     return {"median": round(float(np.median(times)), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
 
 
@@ -161,7 +163,7 @@ def stages():
     """Where the time of one eager update goes."""
     agent, batch = make(cuda_graphs=False)
     agent.update(batch)
-    times, repeats = defaultdict(float), 20 if CUDA else 3
+    calls, repeats = defaultdict(list), 20 if CUDA else 3
     model, optimisers = agent.model, agent.optimisers.values()
     with ExitStack() as stack:
         for owner, name, stage in [
@@ -170,27 +172,41 @@ def stages():
             (torch.Tensor, "backward", "backward"), *((optimiser, "step", "optimisers") for optimiser in optimisers),
             (agent, "update", "update"),
         ]:  # fmt: skip
-            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), stage, times)))
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), calls[stage])))
         for _ in range(repeats):
             agent.update(batch)
+    wait()
+    times = {stage: sum(between(*call) for call in all_calls) for stage, all_calls in calls.items()}
     times["recurrence"] = times.pop("observe") - times["encoders"] - times["experts and fusion"]
     total = times.pop("update")
     times["the rest"] = total - sum(times.values())
     return {"update": round(total / repeats, 3)} | {name: round(x / repeats, 3) for name, x in times.items()}
 
 
-def timed(function, stage, times):
-    """The function, which adds its milliseconds to `times[stage]`."""
+def timed(function, calls):
+    """The function, which appends the moments of its begin and end to `calls`."""
 
     def call(*arguments, **options):
-        wait()
-        start = time.perf_counter()
+        begin = moment()
         result = function(*arguments, **options)
-        wait()
-        times[stage] += 1e3 * (time.perf_counter() - start)
+        calls.append((begin, moment()))
         return result
 
     return call
+
+
+def moment():
+    """Now; on a GPU an event in its queue, for which nothing waits."""
+    if not CUDA:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin, end):
+    """Milliseconds from one moment to another."""
+    return begin.elapsed_time(end) if CUDA else 1e3 * (end - begin)
 
 
 NO_KERNEL = set("""view t transpose expand slice select unsqueeze squeeze split split_with_sizes permute alias detach
@@ -243,6 +259,7 @@ def growth():
 
 
 def random_decision(env):
+    """One step of an environment, or of a vector of them, with a random action."""
     env.step(env.action_space.sample())
 
 

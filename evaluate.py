@@ -34,7 +34,7 @@ from runs import load_checkpoint
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 TABLE_II = ("Medium", "None")
 PAPER = Path(__file__).parent / "results" / "paper.json"
-MAY_DIFFER = set("task method seed name resume device deterministic num_envs log_every eval_every".split())
+MAY_DIFFER = set("task method seed name resume device deterministic cuda_graphs num_envs log_every eval_every".split())
 
 
 @dataclass

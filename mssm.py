@@ -94,6 +94,7 @@ def sample_from(parameters):
 
 @one_kernel
 def shift(parameters, noise):
+    """mean + std * noise of `gaussian(parameters)`. (..., 2 D), (..., D) -> (..., D)"""
     mean, std = gaussian(parameters)
     return mean + std * noise
 

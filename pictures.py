@@ -10,6 +10,7 @@ seen  one dictionary a decision, from `train.run_episodes`: every sensor (num_en
 Shapes: T decisions, M sensors, A action size, D_f size of the fused code.
 """
 
+import gc
 import io
 import math
 
@@ -78,6 +79,7 @@ def grid(rows):
 
 
 def sensors(seen):
+    """Names of the modalities, in the order of `present`."""
     return [name for name in seen[0] if name not in NO_SENSOR]
 
 
@@ -260,4 +262,5 @@ def of_evaluation(model, seen, method):
             pictures["similarity"] = similarity_picture(model, seen, fused_too=method == "mummi_b")
         if model.fusion == "product":
             pictures["calibration"] = calibration_picture(model, seen)
+    gc.collect()  # matplotlib's figures refer to themselves: 40 MB of them would wait for the collector
     return pictures

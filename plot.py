@@ -1,13 +1,14 @@
-"""Learning curves of runs, Fig. 5: `python plot.py runs/finger_spin-* runs/cup_catch-*`.
+"""Learning curves of runs, Fig. 5: `python plot.py runs/finger_spin-*`.
 
-One panel a task, one line a method: the mean over the seeds, in a band of one standard deviation.
-Every run is smoothed by itself, as in Fig. 5 by a moving average with weight 0.9, and then
+One line a method: the mean over the seeds, in a band of one standard deviation. Every run is
+smoothed by itself, as in Fig. 5 by a moving average with weight 0.9, and then
 interpolated on the steps that all seeds of its method have reached. Writes <output>.png and .svg.
 
     python plot.py runs/toy-*                                        # every training episode
     python plot.py runs/toy-* --metric eval_return --smoothing 0     # evaluations as they were
+    python plot.py runs/* --panels                                   # several tasks, a panel each
 
-A line is labelled with its method alone, so runs of one task that differ in more than method and
+A line is labelled with its method alone, so runs of one panel that differ in more than method and
 seed are refused, as is a seed that is given twice.
 """
 
@@ -30,7 +31,8 @@ METHODS = {  # method: its name in the paper, colour (Okabe and Ito's palette), 
     "cvrl": ("CVRL", "#0072B2", ":", "D"),
     "dreamer": ("Dreamer", "#CC79A7", (0, (7, 2, 1, 2, 1, 2)), "v"),
 }
-MAY_DIFFER = set("method seed name resume device num_envs steps log_every eval_every eval_episodes".split())
+MAY_DIFFER = set("method seed name resume device deterministic cuda_graphs num_envs steps log_every "
+                 "eval_every eval_episodes".split())  # fmt: skip
 POINTS = 200  # of a curve
 
 
@@ -41,6 +43,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs; a shell's glob gives many
     metric: Literal["train_return", "eval_return"] = "train_return"  # of episodes with or without exploration
     smoothing: float = 0.9  # weight of the past in the moving average, Fig. 5; 0 for none
+    panels: bool = False  # one panel a task, as in Fig. 5; else all runs are of one task
     output: str = "curves"  # file name without suffix
 
 
@@ -166,6 +169,10 @@ def main(options):
     if not 0 <= options.smoothing < 1:
         raise ValueError(f"--smoothing {options.smoothing} is not allowed: give at least 0 and less than 1")
     configs = {folder: read_config(folder) for folder in options.runs}
+    tasks = {config["task"]: folder for folder, config in configs.items()}
+    if len(tasks) > 1 and not options.panels:
+        raise ValueError(f"{' and '.join(tasks.values())} are of different tasks, {' and '.join(tasks)}: "
+                         "plot them apart, or with --panels")  # fmt: skip
     check_comparable(configs)
     curves = defaultdict(lambda: defaultdict(list))
     for folder, config in configs.items():

@@ -415,7 +415,7 @@ def write_results(configs, folder):
     text = evaluate.markdown(evaluate.pool(records), references)
     print(text, end="")
     (folder / "table.md").write_text(text)
-    plot.main(plot.Options(runs=tuple(map(str, configs)), output=str(folder / "curves")))
+    plot.main(plot.Options(runs=tuple(map(str, configs)), panels=True, output=str(folder / "curves")))
 
 
 def main(options, rest):

@@ -53,6 +53,7 @@ def effects(model, fit, test, sparse):
 
 
 def main():
+    """Learn the toy world in every way with every seed; print the table and write it with all numbers."""
     rows = []
     for seed in SEEDS:
         seeds = toy.seeds(seed, count=4)

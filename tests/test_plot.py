@@ -67,7 +67,7 @@ def test_seeds_are_pooled_to_mean_and_standard_deviation(tmp_path, monkeypatch):
     figures = []
     draw = plot.draw
     monkeypatch.setattr(plot, "draw", lambda *arguments: figures.append(draw(*arguments)) or figures[0])
-    plot.main(plot.Options(tuple(runs), output=str(tmp_path / "new" / "curves")))
+    plot.main(plot.Options(tuple(runs), panels=True, output=str(tmp_path / "new" / "curves")))
 
     toy, cup = figures[0].axes
     assert (toy.get_title(), cup.get_title()) == ("toy", "cup catch")
@@ -137,6 +137,10 @@ def different_missing_rates(folder):
     return [write_run(folder / "a", [1.0], missing_rate=0.0), write_run(folder / "b", [1.0], seed=2, missing_rate=0.375)]
 
 
+def different_tasks(folder):
+    return [write_run(folder / "a", [1.0]), write_run(folder / "b", [1.0], task="cup_catch")]
+
+
 def smoothing_of_one(folder):
     return [write_run(folder / "run", [1.0]), "--smoothing", "1"]
 
@@ -150,6 +154,7 @@ def smoothing_of_one(folder):
     (broken_line, "metrics.jsonl, line 1: not JSON"),
     (one_seed_twice, "are both toy, mummi, seed 1: leave one out"),
     (different_missing_rates, "differ in missing_rate, 0.0 and 0.375: plot them apart"),
+    (different_tasks, "are of different tasks, toy and cup_catch: plot them apart"),
     (smoothing_of_one, "--smoothing 1.0 is not allowed"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, bad_input, message):

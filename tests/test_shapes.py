@@ -35,6 +35,7 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (mssm.gaussian, {}),
     (mssm.sample, {}),
     (mssm.sample_from, {}),
+    (mssm.shift, {}),
     (mssm.product_of_experts, {}),
     (mssm.gru, {}),
     (model.transition, dict(state=start)),

@@ -29,6 +29,7 @@ def sample(pid):
 
 
 def main(minutes):
+    """Run it for so long, write soak.csv and print how much grew."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
     with tempfile.TemporaryDirectory() as folder, open(HERE / "soak.csv", "w", newline="") as file:
         command = [sys.executable, HERE.parent.parent / "train.py", *OPTIONS, "--name", "soak"]

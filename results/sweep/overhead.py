@@ -29,6 +29,7 @@ def start(name, lines, folder):
 
 
 def main(options):
+    """Both at the same time, then the seconds of CPU that each took, as JSON."""
     rest = shlex.join(options)
     with tempfile.TemporaryDirectory() as folder:
         bare = [f"(python {ROOT}/train.py --task toy --seed {seed} {rest}; python {ROOT}/evaluate.py runs/toy-mummi-{seed}) &"
