@@ -1,10 +1,9 @@
-"""CPU seconds of two runs and their evaluations, started by hand and by sweep.py, as JSON.
+"""Seconds of two runs and their evaluations, started by hand and then by sweep.py, as JSON.
 
     python results/sweep/overhead.py <options of train.py>...       # as root, Linux with control groups (version 1)
 
-CPU time, for another process on the machine stretches wall time but not this. Each way is in a control group of its own,
-which counts all that it starts: Ray's own processes, the environments, the driver. Both ways run at the same time, one
-thread a run.
+Each way is in a control group of its own, which counts the CPU time of all that it starts: Ray's own processes, the
+environments, the driver. One thread a run, on a machine that does nothing else.
 """
 
 import json
@@ -20,38 +19,32 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUPS = Path("/sys/fs/cgroup/cpuacct")
 
 
-def start(name, lines, folder):
-    """Shell lines in a new control group, in a folder."""
-    (GROUPS / name).mkdir()
-    lines = [f"echo $$ > {GROUPS / name}/cgroup.procs", *lines]
+def seconds(name, lines, folder):
+    """CPU and wall seconds of shell lines, in a new control group and a folder."""
+    group = GROUPS / f"{name}-{os.getpid()}"
+    group.mkdir()
+    lines = [f"echo $$ > {group}/cgroup.procs", *lines]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.Popen(["bash", "-ec", "\n".join(lines)], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    begin = time.time()
+    subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=folder, env=environment, check=True)
+    wall = round(time.time() - begin)
+    time.sleep(5)
+    cpu = round(int((group / "cpuacct.usage").read_text()) / 1e9, 1)
+    group.rmdir()
+    return {"cpu": cpu, "wall": wall}
 
 
 def main(options):
-    """Both at the same time, then the seconds of CPU that each took, as JSON."""
+    """Both ways, one after the other."""
     rest = shlex.join(options)
+    bare = [f"(python {ROOT}/train.py --task toy --seed {seed} {rest}; python {ROOT}/evaluate.py runs/toy-mummi-{seed}) &"
+            for seed in (1, 2)]  # fmt: skip
+    swept = [f"python {ROOT}/sweep.py --tasks toy --methods mummi --seeds 1 2 --runs swept {rest}"]
     with tempfile.TemporaryDirectory() as folder:
-        bare = [f"(python {ROOT}/train.py --task toy --seed {seed} {rest}; python {ROOT}/evaluate.py runs/toy-mummi-{seed}) &"
-                for seed in (1, 2)]  # fmt: skip
-        swept = [f"python {ROOT}/sweep.py --tasks toy --methods mummi --seeds 1 2 --runs swept {rest}"]
-        begin, seconds, wall = time.time(), {}, {}
-        processes = {name: start(f"{name}-{os.getpid()}", lines, folder)
-                     for name, lines in {"bare": [*bare, "wait"], "sweep": swept}.items()}  # fmt: skip
-        while len(wall) < 2:
-            time.sleep(1)
-            for name, process in processes.items():
-                if name not in wall and process.poll() is not None:
-                    assert process.returncode == 0, name
-                    wall[name] = round(time.time() - begin)
-        time.sleep(5)
-        for name in processes:
-            group = GROUPS / f"{name}-{os.getpid()}"
-            seconds[name] = round(int((group / "cpuacct.usage").read_text()) / 1e9, 1)
-            group.rmdir()
-    overhead = round(100 * (seconds["sweep"] / seconds["bare"] - 1), 1)
-    print(json.dumps({"options": options, "load": os.getloadavg(), "cpu_seconds": seconds, "wall_seconds": wall,
-                      "overhead_percent": overhead}, indent=2))  # fmt: skip
+        ways = {"bare": seconds("bare", [*bare, "wait"], folder), "sweep": seconds("sweep", swept, folder)}
+    overhead = {kind: round(100 * (ways["sweep"][kind] / ways["bare"][kind] - 1), 1) for kind in ("cpu", "wall")}
+    report = {"options": options, "load": os.getloadavg(), "seconds": ways, "overhead_percent": overhead}
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
