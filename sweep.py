@@ -113,7 +113,9 @@ def hours(report, config):
     """Hours of one run, from a report of benchmark.py at the paper's sizes; None if it holds no such time."""
     if "training" in report:
         return config.steps / report["training"]["steps_a_second"] / 3600
-    updates = [times["median"] for name, times in report.get("update", {}).items() if name.startswith("50x50")]
+    auto = "bfloat16" if report["machine"]["gpu"] else "float32"
+    size = f"50x50 {auto if config.precision == 'auto' else config.precision} "
+    updates = [times["median"] for name, times in report.get("update", {}).items() if name.startswith(size)]
     return train.updates_due(config, config.steps) * min(updates) / 3.6e6 if updates else None
 
 

@@ -53,7 +53,8 @@ def test_the_plan_says_the_hours_that_were_measured(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     planned = configs(tasks=("cup_catch",), seeds=(1,))
-    (folder / "cpu.json").write_text(json.dumps({"machine": {"gpu": None}, "update": {"50x50": {"median": 3600.0}}}))
+    (folder / "cpu.json").write_text(json.dumps({"machine": {"gpu": None}, "update": {
+        "50x50 float32 eager": {"median": 3600.0}, "50x50 bfloat16 eager": {"median": 1.0}}}))  # fmt: skip
     said = sweep.describe(planned, [*planned])
     assert "No GPU has been measured" in said and "199.6 hours each, 798 in all" in said
     (folder / "gpu.json").write_text(json.dumps({"machine": {"gpu": "G9"}, "training": {"steps_a_second": 200.0}}))
