@@ -47,6 +47,7 @@ class Options:
     remove: tuple[str, ...] = ()  # repeat with these sensors gone for good
     sensors: str = ""  # "all": repeat with every non-empty subset of the sensors
     calibration: bool = False  # also say how far the experts agree
+    references: bool = True  # also what the random and the scripted policy earn
     seed: int = 1000  # of the episodes, the same for every run
     output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs ./evaluation
     randomize: bool = False  # table_wiping with domain randomisation, as in training
@@ -265,7 +266,7 @@ def main(options):
         agent.load_state_dict(checkpoints[folder]["agent"])
         print(f"{folder}: step {checkpoints[folder]['steps']}", file=sys.stderr)
         records += evaluate_run(folder, config, agent, options)
-    tasks = dict.fromkeys(config.task for config in configs.values())
+    tasks = dict.fromkeys(config.task for config in configs.values()) if options.references else {}
     references = {task: reference_returns(task, options.episodes, options.seed) for task in tasks}
 
     cells = pool(records)

@@ -396,8 +396,11 @@ def settle(ray, job, ref, retries):
 # ---- 5. The command ------------------------------------------------------------------------------
 
 
-def evaluation(folder, config, options, device):
-    """The job that evaluates a run; None if that has been done since its last checkpoint."""
+def evaluation(folder, config, options, device, references):
+    """The job that evaluates a run; None if that has been done since its last checkpoint.
+
+    references  whether it also says what the random policy earns: one run of a task is enough
+    """
     remove = ["workspace"] if config.task == "table_wiping" else []  # Table II
     with suppress(OSError, ValueError):
         done = json.loads((folder / "evaluation.json").read_text())["options"]
@@ -405,6 +408,7 @@ def evaluation(folder, config, options, device):
         if newer and (done["episodes"], done["remove"]) == (options.episodes, remove):
             return None
     arguments = ["--episodes", str(options.episodes), *["--remove", *remove][: 2 * len(remove)], "--device", device]
+    arguments += ["--references" if references else "--no-references"]
     return Job(folder, [str(ROOT / "evaluate.py"), str(folder), *arguments])
 
 
@@ -439,7 +443,9 @@ def main(options, rest):
         jobs = [Job(f, [str(ROOT / "train.py"), "--resume", str(f)], configs[f].steps) for f in left]
         failed = work(ray, jobs, gpus, cpus, options.retries, "training") if jobs else []
         trained = {folder: c for folder, c in configs.items() if folder not in [job.folder for job in failed]}
-        jobs = list(filter(None, (evaluation(f, c, options, device) for f, c in trained.items())))
+        first = {config.task: folder for folder, config in reversed(trained.items())}
+        jobs = [evaluation(f, c, options, device, references=f == first[c.task]) for f, c in trained.items()]
+        jobs = list(filter(None, jobs))
         failed += work(ray, jobs, gpus, cpus, options.retries, "evaluation") if jobs else []
     good = {folder: c for folder, c in trained.items() if folder not in [job.folder for job in failed]}
     if good:

@@ -180,6 +180,8 @@ def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(c
         assert_equal_runs(Path("runs") / f"alone-{folder.name}", folder)
     assert Path("runs/table.md").read_text() in said and said.count("| toy | position+camera |") == 3
     assert Path("runs/curves.png").exists() and Path("runs/curves.svg").exists()
+    references = [json.loads((folder / "evaluation.json").read_text())["references"] for folder in folders]
+    assert [list(x) for x in references] == [["toy"], [], [], []] and "The random policy earns" in said
 
 
 def test_an_interrupted_sweep_goes_on_and_a_run_that_fails_does_not_stop_the_others(cluster):
