@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "config.py").read_text()
 HELP = dict(re.findall(r"^    (\w+): (?:str|int|float|bool) = .*?  # (.*)", SOURCE, re.MULTILINE))
 ORIGIN = re.compile(r"\[((?:(?:section V|Appendix [AB]|Table I(?:, II)?|Eq\. \(\d+\)|code|CVRL|ours)(?:: [^;\]]+)?(?:; )?)+)\]$")
-README = dict(re.findall(r"^\| D(\d+) \|.*\| ([^|]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+README = dict(re.findall(r"^\| D(\d+) \|.*\| ([^|]+) \| [^|]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
 PAPER = Config()
 
 
