@@ -264,11 +264,12 @@ def random_decision(env):
 
 
 def environments():
-    """One decision of a random policy, also of one simulator step, and one reset; decisions a second of workers."""
+    """One decision of a random policy, also of one simulator step, and one reset, with every sensor present;
+    decisions a second of workers, with 37.5 % missing."""
     results: dict = {}
     for task in TASKS:
         try:
-            env = make_env(task)
+            env = make_env(task, missing_rate=0.0)
         except ValueError as error:  # Table Wiping without robosuite
             results[task] = str(error)
             continue

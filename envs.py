@@ -333,13 +333,11 @@ class ControlSuite:
         self.random.seed(rng.integers(2**32))
         self.background = self.draw_background(rng)
         self.environment.reset()
-        return self.sense()
 
     def step(self, action):
-        reward = sum(self.environment.step(action).reward for _ in range(self.action_repeat))
-        return self.sense(), float(reward)
+        return float(sum(self.environment.step(action).reward for _ in range(self.action_repeat)))
 
-    def sense(self):
+    def sense(self, names):
         rgb, depth = self.look()
         data = self.environment.physics.data
         # Foreground is what lies before the floor, the plane z = 0, on the pixel's ray, and
@@ -350,7 +348,8 @@ class ControlSuite:
         self.picture = np.where(self.foreground[..., None], rgb, next(self.background))
         depth = np.minimum(depth, MAX_DEPTH).astype(np.float16).astype(np.float32)
         touch = np.log1p(data.sensordata[self.touch]).astype(np.float32)  # Dev. D10
-        return {"rgb": self.picture, "depth": depth[..., None], "touch": touch}
+        readings = {"rgb": self.picture, "depth": depth[..., None], "touch": touch}
+        return {name: readings[name] for name in names}
 
     def look(self):
         """One rendering pass: colour (64, 64, 3) uint8, depth (64, 64) in metres."""
@@ -403,19 +402,17 @@ class ToyWorld:
     def reset(self, rng):
         self.rng = rng
         self.position = rng.random(2)
-        return self.sense()
 
     def step(self, action):
         gust = self.rng.normal(0, TOY_GUST, 2)
         self.position = np.clip(self.position + TOY_SPEED * action + gust, 0, 1)
         distance = np.linalg.norm(self.position - TOY_GOAL)
-        return self.sense(), float(np.exp(-(distance**2) / (2 * 0.15**2)))
+        return float(np.exp(-(distance**2) / (2 * 0.15**2)))
 
-    def sense(self):
+    def sense(self, names):
         x, y = self.position.astype(np.float32)
-        readings = {"position": np.array([x, y]), "x": np.array([x]), "y": np.array([y])}
-        readings |= {name: camera.draw(x, y) for name, camera in self.cameras.items()}
-        return {m: readings[m] for m in self.spaces}
+        vectors = {"position": np.array([x, y]), "x": np.array([x]), "y": np.array([y])}
+        return {m: vectors[m] if m in vectors else self.cameras[m].draw(x, y) for m in names}
 
     @property
     def info(self):
@@ -468,9 +465,10 @@ class ToyCamera:
 class MultiModalEnv(gymnasium.Env):
     """A world whose sensors drop out, by a schedule drawn for each at the start of an episode.
 
-    A world has `spaces` (modality: Box), `action_size`, `action_repeat`, `episode_steps`,
-    `reset(rng)` -> readings, `step(action)` -> readings, reward, `terminated` where the task has
-    ended before its time, `picture` that no failure spoils, `info` that no sensor tells, `close()`.
+    A world has `spaces` (modality: Box), `action_size`, `action_repeat`, `episode_steps`, `reset(rng)`,
+    `step(action)` -> reward, `sense(names)` -> {name: reading}, asked once a decision for the sensors
+    that work, `terminated` where the task has ended before its time, `picture` that no failure
+    spoils, `info` that no sensor tells, `close()`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -497,22 +495,24 @@ class MultiModalEnv(gymnasium.Env):
         drawn = [self.draw_missing(steps, rng=missing_rng) for _ in self.world.spaces]
         self.missing = np.stack(drawn, 1) | self.removed  # (steps, M)
         self.t = 0
-        return self.observe(self.world.reset(world_rng)), dict(self.world.info)
+        self.world.reset(world_rng)
+        return self.observe(), dict(self.world.info)
 
     def step(self, action):
         """Repeats the action, sums the reward, and truncates after `episode_steps`."""
         if self.t == self.episode_steps or self.world.terminated:
             raise gymnasium.error.ResetNeeded("no episode is under way; call reset() first")
         self.t += 1
-        readings, reward = self.world.step(np.clip(action, -1, 1))
+        reward = self.world.step(np.clip(action, -1, 1))
         truncated = self.t == self.episode_steps
-        return self.observe(readings), reward, self.world.terminated, truncated, dict(self.world.info)
+        return self.observe(), reward, self.world.terminated, truncated, dict(self.world.info)
 
-    def observe(self, readings):
-        """Zeroes the readings that are missing now and flags the others as present."""
+    def observe(self):
+        """Reads the sensors that work now and flags them as present; the others are zero."""
         missing = self.missing[self.t]
-        zeroed = {m: np.zeros_like(x) if gone else x for (m, x), gone in zip(readings.items(), missing)}
-        return zeroed | {"present": (~missing).astype(np.int8)}
+        readings = self.world.sense([m for m, gone in zip(self.world.spaces, missing) if not gone])
+        zeros = {m: np.zeros(space.shape, space.dtype) for m, space in self.world.spaces.items()}
+        return zeros | readings | {"present": (~missing).astype(np.int8)}
 
     def render(self):
         return self.world.picture

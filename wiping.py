@@ -8,8 +8,9 @@ randomisation. It needs `pip install -r requirements-wiping.txt`.
     marker         a disc of dirt, 4 cm wide; 100 of them overlap to a line
 
     world = TableWiping(randomize=True)
-    readings = world.reset(np.random.default_rng(0))      # {"workspace", "robot"}
-    readings, reward = world.step(scripted_action(world.info))
+    world.reset(np.random.default_rng(0))
+    reward = world.step(scripted_action(world.info))
+    readings = world.sense(["workspace", "robot"])        # a picture each
 """
 
 import ctypes
@@ -117,7 +118,6 @@ class TableWiping:
         if self.randomize:
             self.look_changer.change(look_rng)
             self.mujoco.mj_camlight(self.model, self.data)  # poses in the world, and nothing else
-        return self.sense()
 
     def step(self, action):
         total = 0.0
@@ -126,12 +126,14 @@ class TableWiping:
             total += reward
             if self.terminated:
                 break
-        return self.sense(), float(total)
+        return float(total)
 
-    def sense(self):
-        readings = {name: self.look(camera) for name, camera in CAMERAS.items()}
-        self.picture = readings["workspace"]
-        return readings
+    def sense(self, names):
+        return {name: self.look(CAMERAS[name]) for name in names}
+
+    @property
+    def picture(self):
+        return self.look(CAMERAS["workspace"])
 
     def look(self, camera):
         """What a camera of robosuite sees now, (64, 64, 3) uint8."""
@@ -238,11 +240,10 @@ if __name__ == "__main__":
     if importlib.util.find_spec("robosuite") is None:
         sys.exit(f"wiping.py needs robosuite: {INSTALL}")
     world = TableWiping(randomize=True)
-    readings = world.reset(np.random.default_rng(0))
-    print({name: (image.shape, str(image.dtype)) for name, image in readings.items()})
+    world.reset(np.random.default_rng(0))
+    print({name: (image.shape, str(image.dtype)) for name, image in world.sense(CAMERAS).items()})
     total = 0.0
     for _ in range(60):
-        _, reward = world.step(scripted_action(world.info))
-        total += reward
+        total += world.step(scripted_action(world.info))
     print(f"scripted arm: reward {total:.1f} in 60 decisions, {world.info['wiped']} of 100 markers wiped")
     world.close()

@@ -49,7 +49,8 @@ def record(task):
         if truncated:
             if task == "table_wiping":
                 for i, t in enumerate(ten_moments(task, env.episode_steps)):
-                    for name, image in env.world.reset(np.random.default_rng(i)).items():
+                    env.world.reset(np.random.default_rng(i))
+                    for name, image in env.world.sense(env.world.spaces).items():
                         images.setdefault(f"{name},\nother starts", {})[t] = image
             env.close()
             return images, vectors, env.missing

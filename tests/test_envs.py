@@ -445,7 +445,7 @@ def test_soles_feel_the_ground(make):
             env.step(rng.uniform(-1, 1, 6))
             physics = env.world.environment.physics
             physics.forward()  # contacts and sensors of one and the same moment
-            touch = np.expm1(env.world.sense()["touch"])
+            touch = np.expm1(env.world.sense(["touch"])["touch"])
             for newtons, foot in zip(touch, ("right_foot", "left_foot")):
                 expected = sum(normal_forces(physics, {foot}, {"floor"}))
                 assert newtons == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -478,7 +478,7 @@ def test_cup_feels_nearly_every_contact_inside_it(make):
     for action in np.random.default_rng(0).uniform(-0.5, 0.5, (400, 2)):
         observation, *_ = env.step(action)
         physics.forward()
-        touch = env.world.sense()["touch"][0]
+        touch = env.world.sense(["touch"])["touch"][0]
         inside = abs(physics.ball_to_target()).max() < 0.05
         if inside and sum(normal_forces(physics, {"ball"}, walls)) > 0.01:
             felt, missed = felt + (touch > 0), missed + (touch == 0)
