@@ -290,14 +290,23 @@ def environments():
 
 
 def replay():
-    """Drawing a batch of 50 x 50 from a small and from a full replay, the latter a sparse file."""
-    results, rng, config = {}, np.random.default_rng(0), Config()
+    """Reading a batch of 50 x 50 from a small and from a full replay, both sparse files, in and not in the page cache."""
+    results: dict = {}
+    rng, config = np.random.default_rng(0), Config()
     for capacity in (10_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
             memory = Replay(folder, train.replay_fields(space(), ACTION_SIZE), capacity)
             memory.episodes = [(start, 500, 0) for start in range(0, capacity, 500)]
-            draw = partial(memory.sample, config.batch_size, config.batch_length, rng)
-            results[capacity] = milliseconds(draw, repeats=50, warm_up=10)
+            buffers, times = memory.buffers(config.batch_size, config.batch_length), defaultdict(list)
+            for _ in range(50):
+                for column in memory.columns.values():
+                    os.posix_fadvise(column.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                first = memory.choose(config.batch_size, config.batch_length, rng)
+                for state in ("not_in_the_page_cache", "in_the_page_cache"):
+                    start = time.perf_counter()
+                    memory.read(first, buffers)
+                    times[state].append(1e3 * (time.perf_counter() - start))
+            results[capacity] = {state: spread(values) for state, values in times.items()}
     return results
 
 
