@@ -290,7 +290,7 @@ def environments():
 
 
 def replay():
-    """Reading a batch of 50 x 50 from a small and from a full replay, both sparse files, in and not in the page cache."""
+    """Reading a batch of 50 x 50 from a small and from a full replay, sparse files, in and not in the page cache."""
     results: dict = {}
     rng, config = np.random.default_rng(0), Config()
     for capacity in (10_000, 1_000_000):
