@@ -143,15 +143,16 @@ def reference_returns(task, episodes, seed):
         policies["scripted"] = lambda env, info, rng: environments.scripted_toy_action(info["position"])
     if task == "table_wiping":
         policies["scripted"] = lambda env, info, rng: wiping.scripted_action(info)
-    env, returns = environments.make_env(task, missing_rate=0.0, split="eval"), defaultdict(list)
+    env, returns = environments.make_env(task, split="eval"), defaultdict(list)
     for name, policy in policies.items():
         rng = np.random.default_rng(seed)
         for episode_seed in seeds(seed, count=episodes):
-            _, info = env.reset(seed=episode_seed)
-            total, done = 0.0, False
-            while not done:
-                _, reward, terminated, truncated, info = env.step(policy(env, info, rng).astype(np.float32))
-                total, done = total + reward, terminated or truncated
+            env.reset(seed=episode_seed)
+            world, total = env.world, 0.0  # stepped by itself: neither policy looks, so nothing is to be drawn
+            for _ in range(env.episode_steps):
+                total += world.step(policy(env, world.info, rng).astype(np.float32))
+                if world.terminated:
+                    break
             returns[name].append(total)
     env.close()
     return dict(returns)

@@ -149,7 +149,8 @@ def test_the_recurrent_unit_is_that_of_torch():
     close(mssm.gru(from_x, from_h, h), cell(x, h), 1e-6)
 
 
-@pytest.mark.eq(4, 9)
+@pytest.mark.eq(4)
+@pytest.mark.eq(9)
 def test_imagining_one_step_is_the_transition_and_a_sample_of_the_prior():
     model = tiny_model()
     state, action = mssm.State(torch.randn(B, D_H), torch.randn(B, D_C)), torch.rand(B, A)
@@ -197,7 +198,8 @@ def test_given_its_latent_each_modality_and_each_step_is_independent():
     assert [torch.equal(before[name], after[name]) for name in MODALITIES] == [True, False, True]
 
 
-@pytest.mark.eq(7, 8)
+@pytest.mark.eq(7)
+@pytest.mark.eq(8)
 def test_reward_and_decoders_read_s_c_and_h_alone():
     """The latent they are given is [s^c, h], and they read all of it."""
     model, h, s_c = tiny_model(heads="decoders"), torch.randn(T, B, D_H), torch.randn(T, B, D_C)

@@ -38,7 +38,8 @@ def correlated(count, dimension, rho):
 # ---- 1. Shared terms -----------------------------------------------------------------------------
 
 
-@pytest.mark.eq(7, 8)
+@pytest.mark.eq(7)
+@pytest.mark.eq(8)
 def test_gaussian_log_prob_is_the_log_density_of_unit_variance():
     x, mean = torch.randn(2, N, 4, 5)
     expected = Independent(Normal(mean.double(), 1.0), 2).log_prob(x.double())
