@@ -25,6 +25,8 @@ returns the loss of the world model and a dictionary of scalars to log.
 
 import math
 from collections import Counter
+from contextlib import nullcontext
+from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -42,11 +44,27 @@ class Memory(NamedTuple):
     action: torch.Tensor  # (B, A)  the last action executed
 
 
-def mlp(sizes, activation):
+def one_kernel(function):
+    """The function itself; on a GPU, compiled: its elementwise steps run as one kernel."""
+
+    @cache  # when it is first asked for
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # a variant for each type, gradient mode, and batch size of 1
+        return torch.compile(function)
+
+    @wraps(function)
+    def call(x, *rest, **options):
+        compile = x.is_cuda and not torch.compiler.is_compiling()
+        return (compiled() if compile else function)(x, *rest, **options)
+
+    return call
+
+
+def mlp(sizes, activation, linear=nn.Linear):
     """Linear layers of the given sizes with `activation` between them."""
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(size_in, size_out), activation()]
+        layers += [linear(size_in, size_out), activation()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -59,26 +77,50 @@ def initialise(module):
 # ---- 1. Actor (Fig. 12) and critic (Fig. 13) -----------------------------------------------------
 
 
+@one_kernel
+def tanh_normal(parameters, initial_std):
+    """Mean and standard deviation before tanh, in float32, from the actor's output.
+
+    parameters   (..., 2 A)
+    initial_std  of the untrained actor
+    returns      mean (..., A), std (..., A)
+    """
+    mean, raw_std = parameters.float().chunk(2, -1)
+    mean = MEAN_SCALE * torch.tanh(mean / MEAN_SCALE)
+    return mean, F.softplus(raw_std + math.log(math.exp(initial_std) - 1)) + 1e-4
+
+
+@one_kernel
+def squash(parameters, initial_std, noise):
+    """The tanh of a sample of `tanh_normal`.
+
+    parameters   (..., 2 A)
+    initial_std  of the untrained actor
+    noise        (..., A)  standard normal
+    returns      (..., A)
+    """
+    mean, std = tanh_normal(parameters, initial_std)
+    return torch.tanh(mean + std * noise)
+
+
 class Actor(nn.Module):
     """pi(a | z), Fig. 12: four ELU layers, then a Gaussian squashed by tanh."""
 
-    def __init__(self, latent_size, action_size, units=400, initial_std=5.0):
+    def __init__(self, latent_size, action_size, units=400, initial_std=5.0, linear=nn.Linear):
         super().__init__()
         self.initial_std = initial_std  # before tanh, of the untrained actor
-        self.net = mlp([latent_size, units, units, units, units, 2 * action_size], nn.ELU)
+        self.net = mlp([latent_size, units, units, units, units, 2 * action_size], nn.ELU, linear)
         initialise(self)
 
     def forward(self, latent):
         """Mean and standard deviation before tanh. (..., D_z) -> (..., A), (..., A)"""
-        mean, raw_std = self.net(latent).float().chunk(2, -1)
-        mean = MEAN_SCALE * torch.tanh(mean / MEAN_SCALE)
-        std = F.softplus(raw_std + math.log(math.exp(self.initial_std) - 1)) + 1e-4
-        return mean, std
+        return tanh_normal(self.net(latent), self.initial_std)
 
     def sample(self, latent):
         """A reparameterised action. (..., D_z) -> (..., A)"""
-        mean, std = self(latent)
-        return torch.tanh(mean + std * torch.randn_like(std))
+        parameters = self.net(latent)
+        noise = torch.randn_like(parameters.chunk(2, -1)[0], dtype=torch.float32)
+        return squash(parameters, self.initial_std, noise)
 
     def mode(self, latent):
         """The tanh of the mean. (..., D_z) -> (..., A).  Dev. D12"""
@@ -120,15 +162,15 @@ def imagine(model, policy, state, horizon):
     The policy sees its latents detached, [code]: the gradient reaches an action through what it
     causes, not through what caused it.
     """
-    latents, actions = [], []
+    latents, actions = [model.latent(*state)], []
     for _ in range(horizon):
-        action = policy(model.latent(*state).detach())
-        state = model.imagine_step(state, action)
+        actions.append(policy(latents[-1].detach()))
+        state = model.imagine_step(state, actions[-1])
         latents.append(model.latent(*state))
-        actions.append(action)
-    return torch.stack(latents), torch.stack(actions)
+    return torch.stack(latents[1:]), torch.stack(actions)
 
 
+@one_kernel
 def lambda_return(reward, value, discount, bootstrap, lambda_):
     """Eq. (19): R[t] = reward[t] + discount[t] ((1 - lambda) value[t+1] + lambda R[t+1]).
 
@@ -235,21 +277,24 @@ class Agent:
     exploration        standard deviation of the noise added to training actions
     bfloat16           run the networks under bfloat16 autocast; losses stay in float32
     cuda_graphs        record `update` and `act` as one CUDA graph each (see `Recorded`)
+    linear, unrolled   layers of the actor whose gradient is computed for all imagined steps at once, if
+                       `StepLinear` and `unrolled` of mssm.py are given
     """
 
     def __init__(self, model, objective, action_size, units=400, horizon=15, discount=0.99,
                  return_lambda=0.95, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
                  mpc_rate=0.003, mpc_iterations=1, exploration=0.3, device="cpu", bfloat16=False,
-                 cuda_graphs=False):  # fmt: skip
+                 cuda_graphs=False, linear=nn.Linear, unrolled=nullcontext):  # fmt: skip
         self.device, self.bfloat16 = torch.device(device), bfloat16
         self.action_size, self.horizon = action_size, horizon
         self.discount, self.return_lambda = discount, return_lambda
         self.mpc_rate, self.mpc_iterations, self.exploration = mpc_rate, mpc_iterations, exploration
-        self.clip = clip
+        self.clip, self.unrolled = clip, unrolled
 
-        self.model, self.objective = model.to(self.device), objective
+        self.model = model.to(self.device)
+        self.objective = torch.compile(objective) if self.device.type == "cuda" else objective
         latent_size = model.latent(*model.initial_state(1, self.device)).shape[-1]
-        self.actor = Actor(latent_size, action_size, units, initial_std).to(self.device)
+        self.actor = Actor(latent_size, action_size, units, initial_std, linear).to(self.device)
         self.critic = Critic(latent_size, units).to(self.device)
         self.optimisers = {
             "model": self.adam(self.model, model_lr),
@@ -283,23 +328,20 @@ class Agent:
         with self.autocast():
             filtered = self.model.observe(batch["observation"], batch["present"], batch["action"])
             loss, metrics = self.objective(self.model, filtered, batch)
-        metrics["model_loss"], metrics["model_grad_norm"] = loss, self.optimise("model", loss)
+        metrics |= self.optimise({"model": loss})
 
         # Latent imagination from every posterior state
-        with self.autocast():
-            start = self.model.state(filtered)  # each (N, D), detached
+        start = self.model.state(filtered)  # each (N, D), detached
+        layers = [[layer] for layer in self.actor.net if isinstance(layer, nn.Linear)]
+        with self.autocast(), self.unrolled(layers):
             latent, _ = imagine(self.model, self.actor.sample, start, self.horizon)
-        returns = self.returns(latent)  # (H - 1, N)
+        returns, value = self.returns(latent)  # (H - 1, N)
         steps = torch.arange(len(returns), device=self.device).unsqueeze(-1)
         weight = self.discount**steps  # (H - 1, 1)
 
         # Actor and critic: Eq. (18)
-        loss = actor_loss(returns, weight)
-        metrics["actor_loss"], metrics["actor_grad_norm"] = loss, self.optimise("actor", loss)
-        with self.autocast():
-            value = self.critic(latent[:-1].detach())
-        loss = critic_loss(value, returns, weight)
-        metrics["critic_loss"], metrics["critic_grad_norm"] = loss, self.optimise("critic", loss)
+        losses = {"critic": critic_loss(value, returns, weight), "actor": actor_loss(returns, weight)}
+        metrics |= self.optimise(losses)
 
         with torch.no_grad(), self.autocast():
             metrics["actor_entropy"] = self.actor.entropy(self.model.latent(*start)).mean()
@@ -310,26 +352,30 @@ class Agent:
         """Eq. (19) of imagined states, by the predicted rewards and the critic's values.
 
         latent   (H, N, D_z)
-        returns  (H - 1, N)  the last state is worth what the critic says
+        returns  returns, value (H - 1, N)  the last state is worth what the critic says
         """
         with self.autocast():
-            reward, value = self.model.reward(latent), self.critic(latent)  # (H, N)
+            reward, value = self.model.reward(latent[:-1]), self.critic(latent)  # (H - 1, N), (H, N)
         discount = torch.full_like(reward, self.discount)
-        return lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], self.return_lambda)
+        return lambda_return(reward, value[:-1], discount, value[-1], self.return_lambda), value[:-1]
 
-    def optimise(self, name, loss):
-        """One Adam step of one module alone; returns the norm of its gradient before clipping.
+    def optimise(self, losses):
+        """One Adam step of each module, by its own loss {module: ()} alone.
 
-        The backward pass is asked for this module's gradients only, so that none of the three
-        losses reaches the parameters of another.
+        Each backward pass is asked for its module's gradients only, so that none of the three losses
+        reaches the parameters of another. All of them come before the first step, as losses share a graph.
+
+        returns  {name: ()}  the losses, and the norms of their gradients before clipping
         """
-        optimiser = self.optimisers[name]
-        parameters = optimiser.param_groups[0]["params"]
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward(inputs=parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip)
-        optimiser.step()
-        return norm
+        metrics, parameters = {}, {name: self.optimisers[name].param_groups[0]["params"] for name in losses}
+        for name, loss in losses.items():
+            self.optimisers[name].zero_grad(set_to_none=True)
+            loss.backward(inputs=parameters[name], retain_graph=name != list(losses)[-1])
+        for name, loss in losses.items():
+            norm = nn.utils.clip_grad_norm_(parameters[name], self.clip)
+            self.optimisers[name].step()
+            metrics |= {f"{name}_loss": loss, f"{name}_grad_norm": norm}
+        return metrics
 
     # -- acting --
 
@@ -389,7 +435,8 @@ class Agent:
             leaves = []
             with self.autocast():
                 latent, _ = imagine(self.model, follow, state, self.horizon)
-            gradients = torch.autograd.grad(self.returns(latent)[0].sum(), leaves)
+            returns, _ = self.returns(latent)
+            gradients = torch.autograd.grad(returns[0].sum(), leaves)
             plan = [(a + self.mpc_rate * g).detach().clamp(-1, 1) for a, g in zip(leaves, gradients)]
         return plan[0] if plan else policy(self.model.latent(*state)).detach()
 

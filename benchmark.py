@@ -8,6 +8,7 @@ CPU the time of a float32 matrix product of 2048 x 2048 x 2048 stands beside the
 the ratio less so.
 """
 
+import inspect
 import itertools
 import json
 import os
@@ -28,9 +29,11 @@ import train  # isort: skip (before torch, whose threads it quiets)
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, MultiBinary
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
 
 import agent as behaviour
+import mssm
 from config import Config
 from envs import TASKS, make_env, make_vector_env
 from replay import Replay
@@ -220,17 +223,49 @@ class Operators(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        self.count += operator._schema.name.split("::")[1] not in NO_KERNEL
+        Operators.count += operator._schema.name.split("::")[1] not in NO_KERNEL
         return operator(*arguments, **options or {})
 
 
+class Cell(torch.autograd.Function):
+    """A function that a GPU compiles: one operator forwards, one backwards."""
+
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        Operators.count += 1
+        with _disable_current_modes(), torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in inputs]
+            ctx.outputs = function(*ctx.inputs)
+        return tree_map(torch.Tensor.detach, ctx.outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        Operators.count += 1
+        with _disable_current_modes():
+            learnt = [torch.is_tensor(x) and x.requires_grad for x in ctx.inputs]
+            wanted = [x for x, is_learnt in zip(ctx.inputs, learnt) if is_learnt]
+            found = iter(torch.autograd.grad(ctx.outputs, wanted, gradients))
+        return None, *(next(found) if is_learnt else None for is_learnt in learnt)
+
+
+def compiled_cells(module):
+    """{name: function} of what `one_kernel` compiles on a GPU."""
+    wrapped = {name: f.__wrapped__ for name, f in vars(module).items() if hasattr(f, "__wrapped__")}
+    return {name: f for name, f in wrapped.items() if not inspect.isgeneratorfunction(f)}
+
+
 def count_operators(**options):
-    """How many operators one eager update takes; on a GPU each is a kernel or a few."""
+    """How many operators one update takes; on a GPU each is a kernel or a few."""
     agent, batch = make(batch_size=2, cuda_graphs=False, **options)
-    agent.update(batch)
-    with Operators() as operators:
+    with ExitStack() as stack:
+        for module in (mssm, behaviour):
+            for name, function in compiled_cells(module).items():
+                stack.enter_context(patch.object(module, name, partial(Cell.apply, function)))
         agent.update(batch)
-    return operators.count
+        Operators.count = 0
+        with Operators():
+            agent.update(batch)
+    return Operators.count
 
 
 def operators():

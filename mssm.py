@@ -68,10 +68,21 @@ class Filtered(NamedTuple):
 
 def one_kernel(function):
     """The function itself; on a GPU, compiled: its elementwise steps run as one kernel."""
-    compiled = cache(lambda: torch.compile(function, dynamic=True))  # when it is first asked for
-    return wraps(function)(lambda x, *rest: (compiled() if x.is_cuda else function)(x, *rest))
+
+    @cache  # when it is first asked for
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # a variant for each type, gradient mode, and batch size of 1
+        return torch.compile(function)
+
+    @wraps(function)
+    def call(x, *rest, **options):
+        compile = x.is_cuda and not torch.compiler.is_compiling()
+        return (compiled() if compile else function)(x, *rest, **options)
+
+    return call
 
 
+@one_kernel
 def gaussian(parameters):
     """Mean and standard deviation from a network's output, in float32 whatever the autocast type.
 
@@ -99,6 +110,12 @@ def shift(parameters, noise):
     return mean + std * noise
 
 
+@one_kernel
+def elu_of_sum(a, b):
+    """ELU of a layer whose input came in two halves, and each was multiplied for itself. (..., D) -> (..., D)"""
+    return F.elu(a + b)
+
+
 def mlp(sizes, activation, output_activation=False, linear=nn.Linear):
     """Linear layers of the given sizes with `activation` between them (and, if asked, at the end)."""
     layers = []
@@ -122,65 +139,89 @@ def initialise(module):
 
 
 class StepLinear(nn.Linear):
-    """nn.Linear for the inside of a loop over time, whose gradient is computed for all steps at once.
+    """nn.Linear for the inside of a loop over time: fewer products, as `unrolled` says."""
 
-    Plain autograd multiplies two small matrices a step for the gradient of the weight, and adds up the
-    results. Inside `with unrolled(model):` the layer remembers what went in and, on the way back, what
-    came back at each step; when the first step has been reached, one large product gives the same sum.
-    """
-
-    shared = None  # inside `unrolled`: weight, bias (in the autocast type) and the list of the steps
+    shared = None  # inside `unrolled`: what computes this layer, and those that read the same
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) if self.shared is None else Step.apply(x, *self.shared)
+        return F.linear(x, self.weight, self.bias) if self.shared is None else self.shared(x)[self]
+
+
+@contextmanager
+def unrolled(groups):
+    """While it lasts, the `StepLinear`s of the groups belong to one loop over time.
+
+    groups  lists of layers; those of one list read the same tensors: one product a step for all of them
+
+    Plain autograd multiplies two small matrices a step and layer for the gradient of the weight, and adds
+    up the results. Here a layer remembers what went in and, on the way back, what came back at each step;
+    when the first step has been reached, one large product gives the same sum.
+    """
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    groups = () if plain else groups
+    for layers in groups:
+        steps = Steps(layers)
+        for layer in layers:
+            layer.shared = steps
+    try:
+        yield
+    finally:
+        for layers in groups:
+            for layer in layers:
+                layer.shared = None
+
+
+class Steps:
+    """The steps of layers that read the same tensors; see `unrolled`."""
+
+    def __init__(self, layers):
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.x, self.y, self.passed = None, {}, []
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        self.weight, self.bias = Parameters.apply(weight, bias, self.passed, dtype)
+
+    def __call__(self, x):
+        """What each layer makes of x. (B, D) -> {layer: (B, D)}"""
+        if x is not self.x:
+            y = Step.apply(x, self.weight, self.bias, self.passed)
+            self.x, self.y = x, dict(zip(self.layers, y.split(self.sizes, -1) if len(self.sizes) > 1 else [y]))
+        return self.y
 
 
 class Step(torch.autograd.Function):
-    """One step's F.linear(x, weight, bias), which leaves the parameters' gradients to `Shared`."""
+    """One step's F.linear(x, weight, bias), which leaves the parameters' gradients to `Parameters`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, steps):
+    def forward(ctx, x, weight, bias, passed):
         x = x.to(weight.dtype)
         ctx.save_for_backward(x, weight)
-        ctx.steps = steps
+        ctx.passed = passed
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        ctx.steps.append((x.detach(), gradient))  # with its graph, it would keep this node, and itself, alive
+        ctx.passed.append((x.detach(), gradient))  # with its graph, it would keep this node, and itself, alive
         return gradient @ weight, None, None, None
 
 
-class Shared(torch.autograd.Function):
-    """A layer's parameters as all steps see them. Its backward pass comes after that of every step."""
+class Parameters(torch.autograd.Function):
+    """Weight and bias as all steps see them. Its backward pass comes after that of every step."""
 
     @staticmethod
-    def forward(ctx, weight, bias, steps, dtype):
+    def forward(ctx, weight, bias, passed, dtype):
         ctx.set_materialize_grads(False)
-        ctx.steps = steps
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        ctx.passed = passed
+        return weight.to(dtype), bias.to(dtype)
 
     @staticmethod
     def backward(ctx, *_):
-        x, gradient = (torch.cat(side) for side in zip(*ctx.steps))  # (T * B, D)
-        return gradient.T @ x, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
-
-
-@contextmanager
-def unrolled(module):
-    """While it lasts, the module's `StepLinear`s belong to one loop over time; see there."""
-    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    layers = [] if plain else [m for m in module.modules() if isinstance(m, StepLinear)]
-    for layer in layers:
-        device, steps = layer.weight.device.type, []
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
-        layer.shared = (*Shared.apply(layer.weight, layer.bias, steps, dtype), steps)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.shared = None
+        x, gradient = (torch.cat(side) for side in zip(*ctx.passed))  # (T * B, D)
+        ctx.passed.clear()  # the graph may be passed again
+        return gradient.T @ x, gradient.sum(0), None, None
 
 
 @one_kernel
@@ -190,17 +231,31 @@ def gru(from_x, from_h, h):
     from_x, from_h  (..., 3 D_h)  of the reset gate, the update gate and the candidate
     h, returns      (..., D_h)  in float32, whatever the autocast type
     """
-    D_h = h.shape[-1]
-    x_gates, x_candidate = from_x.to(h.dtype).split([2 * D_h, D_h], -1)
-    h_gates, h_candidate = from_h.to(h.dtype).split([2 * D_h, D_h], -1)
-    reset, update = torch.sigmoid(x_gates + h_gates).chunk(2, -1)
+    x_reset, x_update, x_candidate = from_x.to(h.dtype).chunk(3, -1)
+    h_reset, h_update, h_candidate = from_h.to(h.dtype).chunk(3, -1)
+    reset, update = torch.sigmoid(x_reset + h_reset), torch.sigmoid(x_update + h_update)
     candidate = torch.tanh(x_candidate + reset * h_candidate)
     return torch.lerp(candidate, h, update)
+
+
+@one_kernel
+def observed_or_prior(posterior, prior, observed, noise):
+    """The posterior, which is the prior where nothing was observed (Dev. D3), and a sample of it.
+
+    posterior, prior  (B, 2 D_c)  to be read by `gaussian`
+    observed          (B,)
+    noise             (B, D_c)  standard normal
+    returns           mean (B, D_c), std (B, D_c), s_c (B, D_c)
+    """
+    observed = observed.unsqueeze(-1)
+    mean, std = (torch.where(observed, q, p) for q, p in zip(gaussian(posterior), gaussian(prior)))
+    return mean, std, mean + std * noise
 
 
 # ---- 3. Observations: encoders (Fig. 8, 9, 14, 15) and decoders (Fig. 16-18) ---------------------
 
 
+@one_kernel
 def normalise(x):
     """What encoders read and decoders predict, as float32.
 
@@ -250,6 +305,7 @@ def vector_decoder(shape, channels, d_z):
 # ---- 4. Fusion, Eq. (11) -------------------------------------------------------------------------
 
 
+@one_kernel
 def product_of_experts(mean, std, present, power=2):
     """Eq. (11): the product of the Gaussians q(s^f | x^m) of the modalities that are present.
 
@@ -258,10 +314,11 @@ def product_of_experts(mean, std, present, power=2):
     power      2 weighs an expert by its precision 1/std^2; [code] uses 1/std.  Dev. D1
     returns    mean (..., D), std (..., D); mean 0, std 1 where the product is empty
     """
-    precision = std.pow(-power) * present.unsqueeze(-1)  # (M, ..., D)
+    precision = std.reciprocal() if power == 1 else std.reciprocal().square()
+    precision = precision * present.unsqueeze(-1)  # (M, ..., D)
     total = precision.sum(0)  # (..., D)
     total = torch.where(present.any(0).unsqueeze(-1), total, 1.0)
-    return (precision * mean).sum(0) / total, total.pow(-1 / power)
+    return (precision * mean).sum(0) / total, total.reciprocal() if power == 1 else total.rsqrt()
 
 
 # ---- 5. The model --------------------------------------------------------------------------------
@@ -303,8 +360,8 @@ class MSSM(nn.Module):
         })  # fmt: skip
         if fusion == "product":  # Fig. 10
             self.experts = nn.ModuleDict({name: mlp([d_x, d_x, 2 * d_f], nn.ReLU) for name in modalities})
-        self.posterior_s_f = nn.Linear(d_code, hidden)  # Fig. 11: [s^f, h] -> 200, in two halves,
-        self.posterior_h = StepLinear(d_h, hidden, bias=False)  # as only h waits for the recurrence
+        self.posterior_s_f = nn.Linear(d_code, hidden, bias=False)  # Fig. 11: [s^f, h] -> 200, in two halves,
+        self.posterior_h = StepLinear(d_h, hidden)  # as only h waits for the recurrence
         self.posterior_out = StepLinear(hidden, 2 * d_c)
 
         # Transition, Eq. (9), and reward, Eq. (8)
@@ -358,6 +415,7 @@ class MSSM(nn.Module):
         """Eq. (8): mean of p(r | s^c, h), unit variance. (..., D_z) -> (...)"""
         return self.reward_net(latent).squeeze(-1).float()
 
+    @torch.compiler.disable  # Inductor takes the gradient of a kernel over 1x1 pixels for channels-last, and fails
     def decode(self, latent):
         """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, in the scale of `normalise`.
 
@@ -402,8 +460,8 @@ class MSSM(nn.Module):
         if self.fusion == "concatenate":  # Appendix C: zeros where missing
             s_f = torch.cat(list(features * present.unsqueeze(-1)), -1)
             return Fused(s_f, torch.ones_like(present[0]))
-        experts = [gaussian(net(x)) for net, x in zip(self.experts.values(), features)]
-        expert_mean, expert_std = (torch.stack(x) for x in zip(*experts))  # (M, ..., D_f)
+        experts = torch.stack([net(x) for net, x in zip(self.experts.values(), features)])
+        expert_mean, expert_std = gaussian(experts)  # (M, ..., D_f)
         mean, std = product_of_experts(expert_mean, expert_std, present, self.expert_power)
         s_f = sample(mean, std) if self.sample_s_f else mean  # Dev. D2
         observed = present.any(0)
@@ -411,17 +469,18 @@ class MSSM(nn.Module):
             s_f, observed = s_f * observed.unsqueeze(-1), torch.ones_like(observed)
         return Fused(s_f, observed, mean, std, expert_mean, expert_std)
 
-    def posterior(self, from_s_f, observed, h):
-        """Parameters of q(s^c | s^f, h) and of p(s^c | h) at one step; the same where nothing is observed.
+    def posterior(self, from_s_f, observed, h, noise):
+        """Eq. (11): q(s^c | s^f, h) at one step, a sample of it, and the prior that it starts from.
 
         from_s_f  (B, hidden)  the half of the first layer that reads s^f
         observed  (B,)  False: the product is empty, and the posterior *is* the prior
         h         (B, D_h)
-        returns   posterior, prior, each (B, 2 D_c), to be read by `gaussian`
+        noise     (B, D_c)  standard normal
+        returns   mean (B, D_c), std (B, D_c), s_c (B, D_c), and the prior (B, 2 D_c), to be read by `gaussian`
         """
         prior = self.prior_net(h)
-        posterior = self.posterior_out(F.elu(from_s_f + self.posterior_h(h)))
-        return torch.where(observed.unsqueeze(-1), posterior, prior), prior
+        posterior = self.posterior_out(elu_of_sum(from_s_f, self.posterior_h(h)))
+        return *observed_or_prior(posterior, prior, observed, noise), prior
 
     def observe(self, observation, present, action, state=None):
         """Eq. (11): filter sequences of observations into posteriors over s^c.
@@ -437,18 +496,20 @@ class MSSM(nn.Module):
         present = present.movedim(-1, 0).bool()  # (M, T, B)
         fused = self.fuse(self.encode(observation), present)
         from_s_f = self.posterior_s_f(fused.s_f)  # (T, B, hidden)
+        noise = torch.randn(*action.shape[:2], self.d_c, device=action.device)
 
         if state is None:
             state = self.initial_state(action.shape[1], action.device)
         steps = []
-        with unrolled(self):
-            for action_t, from_s_f_t, observed_t in zip(action, from_s_f, fused.observed):
+        with unrolled([[self.gru_h, self.prior_net[0], self.posterior_h], [self.transition_in], [self.gru_x],
+                       [self.prior_net[2]], [self.posterior_out]]):  # fmt: skip
+            for action_t, from_s_f_t, observed_t, noise_t in zip(action, from_s_f, fused.observed, noise):
                 h = self.transition(state, action_t)
-                posterior, prior = self.posterior(from_s_f_t, observed_t, h)
-                state = State(h, sample_from(posterior))
-                steps.append((*state, posterior, prior))
-        h, s_c, posterior, prior = (torch.stack(x) for x in zip(*steps))
-        return Filtered(h, s_c, *gaussian(posterior), *gaussian(prior), fused, present)  # type: ignore[call-arg]
+                mean, std, s_c, prior = self.posterior(from_s_f_t, observed_t, h, noise_t)
+                state = State(h, s_c)
+                steps.append((h, s_c, mean, std, prior))
+        h, s_c, mean, std, prior = (torch.stack(x) for x in zip(*steps))
+        return Filtered(h, s_c, mean, std, *gaussian(prior), fused, present)  # type: ignore[call-arg]
 
 
 def check_modalities(modalities):

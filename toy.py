@@ -99,7 +99,7 @@ def learn(method, options, motion, **changes):
         batch["observation"] = {sensor: batch[sensor] for sensor in agent.model.modalities}
         filtered = agent.model.observe(batch["observation"], batch["present"], batch["action"])
         loss, _ = agent.objective(agent.model, filtered, batch)
-        agent.optimise("model", loss)
+        agent.optimise({"model": loss})
     return agent.model
 
 

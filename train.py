@@ -38,7 +38,7 @@ from agent import Agent
 from config import parse, run_folder, sensing
 from envs import WorkerError
 from methods import METHODS
-from mssm import MSSM
+from mssm import MSSM, StepLinear, unrolled
 from pictures import gif, of_evaluation, write_video
 from replay import Replay
 from runs import (Log, Progress, StopSignals, Stopped, create_folder, fail, restore, save_checkpoint,
@@ -67,7 +67,7 @@ def make_agent(config, observation_space, action_size):
     torch.set_float32_matmul_precision("high" if bfloat16 and cuda else "highest")  # of the losses: TF32 or not
     torch.backends.cudnn.benchmark = not config.deterministic
     return Agent(model, partial(objective, config=config), action_size, device="cuda" if cuda else "cpu",
-                 bfloat16=bfloat16, cuda_graphs=config.cuda_graphs and cuda,
+                 bfloat16=bfloat16, cuda_graphs=config.cuda_graphs and cuda, linear=StepLinear, unrolled=unrolled,
                  **{name: getattr(config, name) for name in BEHAVIOUR})  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def keep_freed_memory():
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def spare_rows(config, envs):

@@ -167,37 +167,40 @@ def test_update_minimises_both_objectives_of_the_imagined_states():
 
 
 def test_each_loss_reaches_the_parameters_of_its_own_module_alone(monkeypatch):
-    """Neither a gradient nor a step anywhere else, and the model learns first, then actor and critic."""
-    agent, order = tiny_agent(), []
+    """Neither a gradient nor a step anywhere else, and the model learns first, then critic and actor."""
+    agent, order = tiny_agent(clip=1e9), []
     optimise = agent.optimise
 
-    def watched(name, loss):
+    def watched(losses):
+        own = {name: list(modules(agent)[name].parameters()) for name in losses}
+        alone = {name: torch.autograd.grad(loss, own[name], retain_graph=True) for name, loss in losses.items()}
         for module in modules(agent).values():
             module.zero_grad(set_to_none=True)
         before = parameters(agent)
-        norm = optimise(name, loss)
+        metrics = optimise(losses)
         for other, values in parameters(agent).items():
             moved = any(not torch.equal(new, old) for new, old in zip(values, before[other]))
             has_gradient = any(p.grad is not None for p in modules(agent)[other].parameters())
-            assert moved == has_gradient == (other == name), f"the loss of the {name} reaches the {other}"
-        order.append(name)
-        return norm
+            assert moved == has_gradient == (other in losses), f"a loss of {list(losses)} reaches the {other}"
+        for name, gradients in alone.items():
+            for parameter, gradient in zip(own[name], gradients):
+                close(parameter.grad, gradient)  # and no other loss had a part in it
+        order.extend(losses)
+        return metrics
 
     monkeypatch.setattr(agent, "optimise", watched)
     agent.update(random_batch())
-    assert order == ["model", "actor", "critic"]
+    assert order == ["model", "critic", "actor"]
 
 
 def test_the_actor_learns_through_the_dynamics():
-    """Its gradient is that of the imagined returns, and the critic's loss cannot reach it."""
+    """Its gradient is that of the imagined returns."""
     agent, batch = world_agent(), {"observation": {"x": torch.randn(1, N, 2)}, "present": None, "action": None}
     losses = {}
-    agent.optimise = lambda name, loss: losses.update({name: loss}) or loss
+    agent.optimise = lambda new: losses.update(new) or {}
     agent.update(batch)
-    reached = lambda loss, module: torch.autograd.grad(  # noqa: E731
-        loss, list(module.parameters()), retain_graph=True, allow_unused=True)  # fmt: skip
-    assert all(g is not None and g.abs().sum() > 0 for g in reached(losses["actor"], agent.actor))
-    assert all(g is None for g in reached(losses["critic"], agent.actor))
+    gradients = torch.autograd.grad(losses["actor"], list(agent.actor.parameters()))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -403,7 +406,7 @@ def test_mpc_raises_the_planned_return():
 
     def planned_return(first):
         plan = iter([first] + [policy(start)] * (H - 1))
-        return agent.returns(behaviour.imagine(agent.model, lambda _: next(plan), Point(start), H)[0])[0]
+        return agent.returns(behaviour.imagine(agent.model, lambda _: next(plan), Point(start), H)[0])[0][0]
 
     without, one = policy(start), agent.plan(Point(start), policy)
     assert (planned_return(one) > planned_return(without)).all()
@@ -446,8 +449,8 @@ def test_imagination_and_returns_compile_into_one_graph(monkeypatch):
 
     def run(state):
         latent, action = behaviour.imagine(agent.model, agent.actor.mode, state, 3)
-        returns = agent.returns(latent)
-        value, weight = agent.critic(latent[:-1].detach()), torch.ones(2, 1)
+        returns, value = agent.returns(latent)
+        weight = torch.ones(2, 1)
         return action, behaviour.actor_loss(returns, weight), behaviour.critic_loss(value, returns, weight)
 
     for actual, expected in zip(torch.compile(run, fullgraph=True, backend="eager")(state), run(state)):
@@ -473,12 +476,12 @@ def test_an_update_and_a_decision_never_wait_for_a_value(monkeypatch, method):
 
 
 def test_an_update_takes_few_operations():
-    """Each is a kernel on a GPU. A step of the model took 100 before its gradients were computed at once."""
+    """Each is a kernel on a GPU. Without `unrolled` and `one_kernel` a step of the batch took 100, an imagined one 109."""
     sizes = {"d_f": 16, "channels": 2, "batch_length": 5, "horizon": 3}
     update, longer, further = (
         benchmark.count_operators(**sizes | more) for more in ({}, {"batch_length": 6}, {"horizon": 4})
     )
-    assert longer - update <= 60 and further - update <= 110
+    assert longer - update <= 30 and further - update <= 50
 
 
 def test_an_update_leaves_nothing_behind():

@@ -244,13 +244,13 @@ def test_posterior_is_one_layer_of_the_code_and_h_together():
     """Computed in two halves; Fig. 11 has [s^f, h] -> Linear, ELU -> Linear."""
     model = tiny_model()
     s_f, h = torch.randn(B, D_F), torch.randn(B, D_H)
-    posterior, _ = model.posterior(model.posterior_s_f(s_f), torch.ones(B).bool(), h)
-    mean, std = mssm.gaussian(posterior)
+    mean, std, s_c, _ = model.posterior(model.posterior_s_f(s_f), torch.ones(B).bool(), h, torch.zeros(B, D_C))
     weight = torch.cat([model.posterior_s_f.weight, model.posterior_h.weight], -1)
-    hidden = torch.nn.functional.elu(torch.cat([s_f, h], -1) @ weight.T + model.posterior_s_f.bias)
+    hidden = torch.nn.functional.elu(torch.cat([s_f, h], -1) @ weight.T + model.posterior_h.bias)
     out = hidden @ model.posterior_out.weight.T + model.posterior_out.bias
     close(mean, out[:, :D_C])
     close(std, (1 + out[:, D_C:].double().exp()).log() + 0.1)
+    close(s_c, mean)  # the noise is zero
 
 
 @pytest.mark.eq(11)
@@ -362,7 +362,7 @@ def test_the_gradient_for_all_steps_at_once_is_the_sum_over_the_steps(monkeypatc
     model, batch = tiny_model(), random_batch(5)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         at_once = gradients(model, batch)
-        monkeypatch.setattr(mssm, "unrolled", lambda module: contextlib.nullcontext())
+        monkeypatch.setattr(mssm, "unrolled", contextlib.nullcontext)
         summed = gradients(model, batch)
     for actual, expected in zip(at_once, summed):
         assert expected.abs().max() > 0

@@ -29,9 +29,9 @@ make = test_envs.make  # the fixture that its tests ask for
 
 FAULTS = [  # name, function, its text, the fault, the test that must fail
     # Fusion and inference, Eq. (11)
-    ("1/std for 1/std^2", mssm.product_of_experts, "std.pow(-power)", "std.pow(-1)",
+    ("1/std for 1/std^2", mssm.product_of_experts, "power == 1 else std", "True else std",
      test_mssm.test_product_of_experts_is_the_normalised_product_of_densities),
-    ("no 1/std^2: a plain mean", mssm.product_of_experts, "std.pow(-power)", "torch.ones_like(std)",
+    ("no 1/std^2: a plain mean", mssm.product_of_experts, " * present.unsqueeze(-1)", " * 0 + present.unsqueeze(-1)",
      test_mssm.test_product_of_experts_is_the_normalised_product_of_densities),
     ("absent experts kept", mssm.product_of_experts, " * present.unsqueeze(-1)", "",
      test_mssm.test_product_of_experts_drops_the_absent),
@@ -41,10 +41,9 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mssm.test_the_mask_has_one_column_a_modality_in_their_order),
     ("missing not zero-filled", mssm.MSSM.fuse, "features * present.unsqueeze(-1)", "features",
      test_mssm.test_concatenation_has_zeros_where_missing),
-    ("prior for posterior", mssm.MSSM.posterior, "torch.where(observed.unsqueeze(-1), posterior, prior)", "prior",
+    ("prior for posterior", mssm.observed_or_prior, "torch.where(observed, q, p)", "p",
      test_mssm.test_posterior_is_one_layer_of_the_code_and_h_together),
-    ("not the prior when nothing is present", mssm.MSSM.posterior, "torch.where(observed.unsqueeze(-1), posterior, prior)",
-     "posterior",
+    ("not the prior when nothing is present", mssm.observed_or_prior, "torch.where(observed, q, p)", "q",
      test_mssm.test_nothing_present_leaves_exactly_the_prior),
     ("action shifted by one", mssm.MSSM.observe, "zip(action, from_s_f,", "zip(action.roll(1, 0), from_s_f,",
      test_mssm.test_h_depends_on_the_action_that_led_to_it),
@@ -89,11 +88,11 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_agent.test_lambda_return_at_0_is_one_step_and_at_1_all_rewards),
     ("bootstrap dropped", agent.lambda_return, "[], bootstrap", "[], 0 * bootstrap",
      test_agent.test_lambda_return_is_the_weighted_sum_of_n_step_returns),
-    ("rewards one step early", agent.Agent.returns, "reward[:-1]", "reward[1:]",
+    ("rewards one step early", agent.Agent.returns, "reward(latent[:-1])", "reward(latent[1:])",
      test_agent.test_update_minimises_both_objectives_of_the_imagined_states),
     ("target not detached", agent.critic_loss, "returns.detach()", "returns",
      test_agent.test_critic_loss_treats_the_returns_as_targets),
-    ("actor's gradient reaches the model", agent.Agent.optimise, "inputs=parameters", "",
+    ("actor's gradient reaches the model", agent.Agent.optimise, "inputs=parameters[name], ", "",
      test_agent.test_each_loss_reaches_the_parameters_of_its_own_module_alone),
     ("policy's latents not detached", agent.imagine, ".detach()", "",
      test_agent.test_imagination_starts_detached_and_the_policy_sees_no_gradient),
@@ -147,10 +146,11 @@ CHOSEN = dict(method="mummi", steps=501, rate=0.375, max_length=14)  # for a tes
 
 @pytest.mark.parametrize("function, text, fault, test", [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
 def test_a_planted_fault_fails_its_test(monkeypatch, request, function, text, fault, test):
+    function = inspect.unwrap(function)  # as it is before a GPU compiles it
     source, planted = textwrap.dedent(inspect.getsource(function)), {}
     assert source.count(text) == 1, f"write the fault anew: {text!r} is not once in {function.__qualname__}"
     exec(source.replace(text, fault), function.__globals__, planted)
-    monkeypatch.setattr(function, "__code__", planted[function.__name__].__code__)  # for all who hold it
+    monkeypatch.setattr(function, "__code__", inspect.unwrap(planted[function.__name__]).__code__)  # for all who hold it
     names = inspect.signature(test).parameters
     arguments = {name: CHOSEN[name] if name in CHOSEN else request.getfixturevalue(name) for name in names}
     with pytest.raises(AssertionError):

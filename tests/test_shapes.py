@@ -36,6 +36,10 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (mssm.sample, {}),
     (mssm.sample_from, {}),
     (mssm.shift, {}),
+    (mssm.elu_of_sum, {}),
+    (mssm.observed_or_prior, {}),
+    (agent.tanh_normal, dict(initial_std=5.0)),
+    (agent.squash, dict(initial_std=5.0)),
     (mssm.product_of_experts, {}),
     (mssm.gru, {}),
     (model.transition, dict(state=start)),
@@ -65,7 +69,7 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (behaviour.returns, {}),
 ]
 BY_HAND = {  # take or return states and dictionaries: the last tests
-    "normalise", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.encode", "MSSM.fuse", "MSSM.observe",
+    "normalise", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.encode", "MSSM.fuse", "Steps.__call__", "MSSM.observe",
     "Agent.update", "Agent.act", "Agent.forget", "Agent.plan", "Column.read", "Column.write", "Replay.add",
     "Replay.record", "Replay.sample", "Replay.choose", "Replay.buffers", "Replay.read", "shared_terms",
 }  # fmt: skip
@@ -74,7 +78,7 @@ BY_HAND = {  # take or return states and dictionaries: the last tests
 def sizes(shape):
     """'(M, ..., 2 D)' as a tuple of numbers."""
     result = []
-    for dimension in re.sub(r"(\d) D", r"\1 * D", shape.strip("()")).split(","):
+    for dimension in re.sub(r"(\d) ([A-Z])", r"\1 * \2", shape.strip("()")).split(","):
         dimension = dimension.strip()
         if dimension in ("...", "*event"):
             result += ELLIPSIS if dimension == "..." else EVENT
@@ -116,10 +120,8 @@ def parse(function):
 def test_docstring_shapes_are_true(function, others):
     inputs, output = parse(function)
     arguments = inputs | others
-    if hasattr(function, "__wrapped__"):  # one_kernel's take their arguments by position alone
-        actual = function(*(arguments[name] for name in inspect.signature(function).parameters))
-    else:
-        actual = function(**arguments)
+    names = [name for name in inspect.signature(function).parameters if name in arguments]
+    actual = function(arguments.pop(names[0]), **arguments)  # the first by position, as `one_kernel` asks
     actual = actual if isinstance(actual, tuple) else (actual,)
     expected = [sizes(shape) for shape in SHAPE.findall(output)]
     expected = expected * len(actual) if len(expected) == 1 else expected
@@ -164,6 +166,8 @@ def test_shapes_of_what_the_model_makes_of_dictionaries(batch):
     T, B, M, A, N, C = *(SIZES[letter] for letter in "TBMAN"), 1
     for x in (torch.zeros(T, B, 64, 64, 3, dtype=torch.uint8), torch.zeros(T, B, 64, 64, C), torch.zeros(T, B, 17)):
         assert mssm.normalise(x).shape == x.shape
+    layers = [mssm.StepLinear(17, 5), mssm.StepLinear(17, 3)]
+    assert [x.shape for x in mssm.Steps(layers)(torch.rand(B, 17)).values()] == [(B, 5), (B, 3)]
     features = model.encode(batch["observation"])
     assert features.shape == sizes("(M, T, B, D_x)")
     fused = model.fuse(torch.rand(M, *ELLIPSIS, SIZES["D_x"]), torch.ones(M, *ELLIPSIS).bool())
