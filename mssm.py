@@ -257,15 +257,15 @@ def observed_or_prior(posterior, prior, observed, noise):
 
 @one_kernel
 def normalise(x):
-    """What encoders read and decoders predict, as float32.
+    """What encoders read and decoders predict, as float32; the first axes are (T, B) or (N,).
 
-    uint8 image  (T, B, 64, 64, C) -> [-0.5, 0.5]
-    float image  (T, B, 64, 64, C) in metres -> clipped at 10 m, [-0.5, 0.5].  Dev. D9
-    vector       (T, B, D) -> unchanged (touch arrives as log(1 + newtons), Dev. D10)
+    uint8 image  (..., 64, 64, C) -> [-0.5, 0.5]
+    float image  (..., 64, 64, C) in metres -> clipped at 10 m, [-0.5, 0.5].  Dev. D9
+    vector       (..., D) -> unchanged (touch arrives as log(1 + newtons), Dev. D10)
     """
     if x.dtype == torch.uint8:
         return x.float() / 255 - 0.5
-    if x.ndim == 5:
+    if x.ndim >= 4:
         return x.float().clamp(0, MAX_DEPTH) / MAX_DEPTH - 0.5
     return x.float()
 
@@ -443,9 +443,8 @@ class MSSM(nn.Module):
         """Features of every modality. {name: (T, B, ...)} -> (M, T, B, D_x)"""
         features = []
         for name, encoder in self.encoders.items():
-            x = normalise(observation[name])
-            T, B = x.shape[:2]
-            x = x.flatten(0, 1)  # (N, ...)
+            T, B = observation[name].shape[:2]
+            x = normalise(observation[name].flatten(0, 1))  # (N, ...)
             if x.ndim == 4:  # (N, 64, 64, C) seen as (N, C, 64, 64): no copy, channels stay last
                 x = x.permute(0, 3, 1, 2)
             features.append(encoder(x).unflatten(0, (T, B)))

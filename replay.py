@@ -18,9 +18,12 @@ Shapes: T steps, B sequences, L rows of one episode. Time first.
 import math
 import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+READERS = 4  # threads
 
 
 class Column:
@@ -83,6 +86,7 @@ class Replay:
         self.episodes = []  # (first row, number of rows, serial), oldest first
         self.open = []  # rows of the episodes under way, a list an environment
         self.count = 0  # episodes ever added
+        self.readers = ThreadPoolExecutor(READERS)
         Path(folder).mkdir(parents=True, exist_ok=True)
         # Which episode a row was written for, counted from 1: tells rows that were overwritten.
         fields = {**fields, "serial": ((), "int64")}
@@ -171,9 +175,14 @@ class Replay:
 
     def read(self, first, buffers):
         """The sequences that begin at the rows `first` (B,), as {key: (T, B, ...)}, views of the buffers."""
-        for key, column in self.columns.items():
-            for row, out in zip(first, buffers[key]):
-                column.read(row, out)
+
+        def read(sequences):
+            for b in sequences:
+                for key, column in self.columns.items():
+                    column.read(first[b], buffers[key][b])
+
+        # Copying from the page cache keeps a core busy for longer than a GPU needs for an update.
+        list(self.readers.map(read, np.array_split(np.arange(len(first)), READERS)))
         return {key: buffer.swapaxes(0, 1) for key, buffer in buffers.items()}
 
     def state_dict(self):

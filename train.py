@@ -25,9 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
-# Torch's threads share the cores with the environments. If they spun while they wait for each other, as
-# they do unless told so before the import, an update could take a hundred times as long.
+# Torch's threads share the cores with the environments. If they spun for long while they wait for each other,
+# as they do unless told so before the import, an update could take a hundred times as long; if they slept at
+# once, a small one would take half as long again.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
