@@ -471,17 +471,19 @@ def test_observe_and_imagine_compile_into_one_graph(monkeypatch, fusion, heads):
         close(actual, expected)
 
 
-@pytest.mark.parametrize("function, sizes", [(mssm.gru, (3 * D_H, 3 * D_H, D_H)), (mssm.shift, (2 * D_H, D_H))])
+@pytest.mark.parametrize("function, sizes", [
+    (mssm.gru, (3 * D_H, 3 * D_H, D_H)), (mssm.shift, (2 * D_H, D_H)), (mssm.elu_of_sum, (D_H, D_H)),
+])  # fmt: skip
 def test_what_a_gpu_compiles_is_one_graph_for_every_batch(function, sizes):
-    """Forwards and backwards, as a GPU would have it but for the kernels; another batch size compiles nothing new."""
-    compiled = torch.compile(function.__wrapped__, dynamic=True, fullgraph=True, backend="aot_eager")
-    for rows in (B, 4 * B):
+    """Forwards and backwards, as a GPU would have it but for the kernels; a third batch size compiles nothing new."""
+    compiled = torch.compile(function.__wrapped__, fullgraph=True, backend="aot_eager")
+    for rows in (B, 4 * B, 9 * B):
         arguments = [torch.randn(rows, size, requires_grad=True) for size in sizes]
         result, expected = compiled(*arguments), function(*arguments)
         close(result, expected)
         for x, y in zip(torch.autograd.grad(result.sum(), arguments), torch.autograd.grad(expected.sum(), arguments)):
             close(x, y)
-        if rows == B:
+        if rows == 4 * B:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
