@@ -26,7 +26,7 @@ returns the loss of the world model and a dictionary of scalars to log.
 import math
 from collections import Counter
 from contextlib import nullcontext
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -227,38 +227,42 @@ class Recorded:
     WARM_UP = 3  # calls
 
     def __init__(self, function):
-        self.function, self.graphs, self.calls = function, {}, Counter()
+        self.function, self.inputs, self.graphs, self.calls = function, {}, {}, Counter()
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *arguments, **options):
         leaves, structure = tree_flatten(arguments)
         signature = structure, tuple((x.shape, x.dtype) for x in leaves), tuple(options.items())
-        if signature not in self.graphs:
-            if self.calls[signature] < self.WARM_UP:
-                self.calls[signature] += 1
-                return self.warm_up(arguments, options)
-            self.graphs[signature] = self.record(leaves, structure, options)
-        graph, inputs, result = self.graphs[signature]
-        for x, new in zip(inputs, leaves):
+        if signature not in self.inputs:
+            self.inputs[signature] = [x.clone() for x in leaves]
+        for x, new in zip(self.inputs[signature], leaves):
             x.copy_(new)
-        graph.replay()
+        call = partial(self.function, *tree_unflatten(self.inputs[signature], structure), **options)
+        if self.calls[signature] < self.WARM_UP:
+            self.calls[signature] += 1
+            result = self.warm_up(call)
+        else:
+            if signature not in self.graphs:
+                self.graphs[signature] = self.record(call)
+            graph, result = self.graphs[signature]
+            graph.replay()
         return tree_map(torch.clone, result)
 
-    def warm_up(self, arguments, options):
+    def warm_up(self, call):
         """One call as it is, on the stream that will be recorded."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            result = self.function(*arguments, **options)
+            result = call()
         torch.cuda.synchronize()
         return result
 
-    def record(self, leaves, structure, options):
-        """Returns the graph, and the tensors that it reads and writes at each replay."""
-        graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in leaves]
+    def record(self, call):
+        """Returns the graph, and the tensors that it writes at each replay."""
+        graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile: batches are sent there.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            result = self.function(*tree_unflatten(inputs, structure), **options)
-        return graph, inputs, result
+            result = call()
+        return graph, result
 
 
 # ---- 5. The agent --------------------------------------------------------------------------------
