@@ -49,8 +49,8 @@ def one_kernel(function):
 
     @cache  # when it is first asked for
     def compiled():
-        torch._dynamo.config.recompile_limit = 64  # a variant for each type, gradient mode, and batch size of 1
-        return torch.compile(function)
+        torch._dynamo.config.recompile_limit = 256  # a variant for each shape, type and gradient mode
+        return torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(x, *rest, **options):
@@ -296,7 +296,7 @@ class Agent:
         self.clip, self.unrolled = clip, unrolled
 
         self.model = model.to(self.device)
-        self.objective = torch.compile(objective) if self.device.type == "cuda" else objective
+        self.objective = torch.compile(objective, dynamic=False) if self.device.type == "cuda" else objective
         latent_size = model.latent(*model.initial_state(1, self.device)).shape[-1]
         self.actor = Actor(latent_size, action_size, units, initial_std, linear).to(self.device)
         self.critic = Critic(latent_size, units).to(self.device)

@@ -71,8 +71,8 @@ def one_kernel(function):
 
     @cache  # when it is first asked for
     def compiled():
-        torch._dynamo.config.recompile_limit = 64  # a variant for each type, gradient mode, and batch size of 1
-        return torch.compile(function)
+        torch._dynamo.config.recompile_limit = 256  # a variant for each shape, type and gradient mode
+        return torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(x, *rest, **options):
@@ -275,7 +275,7 @@ def image_encoder(shape, channels):
     sizes = [shape[-1], channels, 2 * channels, 4 * channels, 8 * channels]
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
-        layers += [nn.Conv2d(size_in, size_out, kernel_size=4, stride=2), nn.ReLU()]
+        layers += [nn.Conv2d(size_in, size_out, kernel_size=4, stride=2), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Flatten())
 
 
@@ -385,6 +385,9 @@ class MSSM(nn.Module):
             self.project_z = mlp([d_z, hidden, hidden], nn.ELU, output_activation=True)
 
         initialise(self)
+        glorot = (6 / (d_code + d_h + hidden)) ** 0.5  # of the posterior's whole first layer, not of its halves
+        for half in (self.posterior_s_f, self.posterior_h):
+            nn.init.uniform_(half.weight, -glorot, glorot)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # images arrive as (N, 64, 64, C)
 
     # -- generative model --

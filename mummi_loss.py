@@ -24,6 +24,7 @@ type. Losses are to be minimised: minus the bounds of the paper.
 import math
 
 import torch
+from torch.nn import functional as F
 
 # ---- 1. Terms that every objective shares --------------------------------------------------------
 
@@ -79,8 +80,9 @@ def info_nce(log_f, present, absent_logit=-math.inf):
     returns  (N,)    nats, at most 0; 0 where absent.  Dev. D4: absent columns are -inf,
                      [code] has absent_logit = -100
     """
-    log_f = log_f.float().masked_fill(~present, absent_logit)  # columns
-    return torch.where(present, log_f.diagonal() - log_f.logsumexp(-1), 0.0)
+    log_f = log_f.float().masked_fill(~present & present.any(), absent_logit)  # columns, unless all are absent
+    positive = torch.arange(len(log_f), device=log_f.device)  # of row i: column i
+    return torch.where(present, -F.cross_entropy(log_f, positive, reduction="none"), 0.0)
 
 
 def mutual_information(bound, present):

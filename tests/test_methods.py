@@ -125,13 +125,13 @@ def test_the_field_of_a_deviation_reaches_the_loss(field):
 def test_the_kl_of_the_fused_code_has_its_weight(method):
     """Mean over the steps at which anything is present; at weight 0, the default, no such network exists."""
     assert Config().fused_kl_scale == 0
-    agent, batch = tiny_agent(method, fused_kl_scale=0.1), random_batch()
+    agent, batch = tiny_agent(method, fused_kl_scale=10), random_batch()
     model, filtered = agent.model, observe(agent.model, batch)
     with_kl, _ = agent.objective(model, filtered, batch)
     without, _ = METHODS[method][2](model, filtered, batch, tiny_config(method))
     q = Normal(filtered.fused.mean.double(), filtered.fused.std.double())
     kl = kl_divergence(q, Normal(*(x.double() for x in model.fused_prior(filtered.s_c)))).sum(-1)
-    close(with_kl - without, 0.1 * kl[batch["present"].any(-1)].mean(), 1e-4)
+    close(with_kl - without, 10 * kl[batch["present"].any(-1)].mean(), 1e-4)
 
 
 @pytest.mark.eq(12)

@@ -434,6 +434,8 @@ def test_initial_parameters_are_keras():
     close((recurrent.T @ recurrent).detach(), torch.eye(D_H))
     linear = model.experts["rgb"][0].weight
     assert linear.abs().max().item() == pytest.approx(math.sqrt(6 / sum(linear.shape)), rel=0.01)
+    halves = torch.cat([model.posterior_s_f.weight, model.posterior_h.weight], -1)  # Fig. 11: one layer of [s^f, h]
+    assert halves.abs().max().item() == pytest.approx(math.sqrt(6 / sum(halves.shape)), rel=0.02)
 
 
 @pytest.mark.parametrize("heads", ["code", "decoders", "contrastive"])
