@@ -1,6 +1,7 @@
 """envs.py: missing data, backgrounds, the control suite's sensors, the toy world, seeding."""
 
 import importlib.util
+import os
 import pickle
 import shutil
 import subprocess
@@ -736,17 +737,20 @@ def test_vector_of_the_control_suite_after_opengl_was_used_here(make):
     assert (after["rgb"][0] == alone.step(np.zeros(2))[0]["rgb"]).all()
 
 
-def test_vector_forks_before_opengl_is_used():
-    program = """
-import numpy as np, envs
-vector = envs.make_vector_env("walker_walk", 2)
-observation, _ = vector.reset()
-print(observation["rgb"].shape, vector.context)
-vector.close()
-"""
-    result = subprocess.run([sys.executable, "-c", program], cwd=Path(envs.__file__).parent,
-                            capture_output=True, text=True, timeout=60)
-    assert "(2, 64, 64, 3) None" in result.stdout, result.stderr
+def test_vector_forks_unless_opengl_or_cuda_is_open(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import envs, torch
+if __name__ == "__main__":
+    for cuda_is_open in (False, True):
+        torch.cuda.is_initialized = lambda: cuda_is_open
+        vector = envs.make_vector_env("walker_walk", 2)
+        print(vector.reset()[0]["rgb"].shape, vector.context)
+        vector.close()
+""")
+    result = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(Path(envs.__file__).parent)},
+                            capture_output=True, text=True, timeout=120)
+    assert result.stdout == "(2, 64, 64, 3) None\n(2, 64, 64, 3) spawn\n", result.stderr
 
 
 def test_the_file_works_alone(tmp_path):
