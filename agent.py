@@ -13,9 +13,10 @@ V_lambda returns     lambda-return of an imagined state
 
 Shapes: H imagined steps, N = T * B start states, B environments, A action size. Time first.
 
-The world model is passed in and needs `observe`, `imagine_step`, `latent`, `reward` and
-`initial_state` (see `mssm.py`); so is the objective, `objective(model, filtered, batch)`, that
-returns the loss of the world model and a dictionary of scalars to log.
+The world model is passed in and needs `observe`, `state`, `imagine_step`, `latent`, `reward` and
+`initial_state` (see `mssm.py`), its states being NamedTuples; so is the objective,
+`objective(model, filtered, batch)`, that returns the loss of the world model and a dictionary of
+scalars to log.
 
     agent = Agent(model, objective, action_size=4)
     metrics = agent.update(batch)                       # one gradient step of all three
@@ -53,9 +54,9 @@ def one_kernel(function):
         return torch.compile(function, dynamic=False)
 
     @wraps(function)
-    def call(x, *rest, **options):
-        compile = x.is_cuda and not torch.compiler.is_compiling()
-        return (compiled() if compile else function)(x, *rest, **options)
+    def call(*inputs, **options):
+        on_gpu = any(torch.is_tensor(x) and x.is_cuda for x in (*inputs, *options.values()))
+        return (compiled() if on_gpu and not torch.compiler.is_compiling() else function)(*inputs, **options)
 
     return call
 
@@ -157,17 +158,16 @@ def imagine(model, policy, state, horizon):
 
     policy   latent (N, D_z) -> action (N, A)
     state    the model's state before the first action, each (N, D)
-    returns  latent (H, N, D_z) of the states that the actions lead to, action (H, N, A)
+    returns  latents (H, N, D_z) of the states that the actions lead to
 
     The policy sees its latents detached, [code]: the gradient reaches an action through what it
     causes, not through what caused it.
     """
-    latents, actions = [model.latent(*state)], []
+    latents = [model.latent(*state)]
     for _ in range(horizon):
-        actions.append(policy(latents[-1].detach()))
-        state = model.imagine_step(state, actions[-1])
+        state = model.imagine_step(state, policy(latents[-1].detach()))
         latents.append(model.latent(*state))
-    return torch.stack(latents[1:]), torch.stack(actions)
+    return torch.stack(latents[1:])
 
 
 @one_kernel
@@ -194,8 +194,9 @@ def lambda_return(reward, value, discount, bootstrap, lambda_):
 def actor_loss(returns, weight):
     """Eq. (18): max over eta of E[sum of V_lambda(z)], as a mean to be minimised.
 
-    returns, weight  (H, N)  weight[t] = discount^t, [code]
-    returns          ()
+    returns  (H - 1, N)
+    weight   (H - 1, 1)  weight[t] = discount^t, [code]
+    returns  ()
     """
     return -(weight * returns).mean()
 
@@ -203,8 +204,10 @@ def actor_loss(returns, weight):
 def critic_loss(value, returns, weight):
     """Eq. (18): min over psi of E[sum of 1/2 || v(z) - V_lambda(z) ||^2], as a mean.
 
-    value, returns, weight  (H, N)  the returns are targets: no gradient flows into them
-    returns                 ()
+    value    (H - 1, N)
+    returns  (H - 1, N)  targets: no gradient flows into them
+    weight   (H - 1, 1)
+    returns  ()
     """
     return (weight * 0.5 * (value - returns.detach()).square()).mean()
 
@@ -273,7 +276,7 @@ class Agent:
 
     model, objective   see the module's docstring
     action_size        A
-    horizon            H imagined steps
+    horizon            H imagined steps, 2 or more
     discount           of Eq. (19)
     return_lambda      lambda of Eq. (19)
     initial_std        of the untrained actor, before tanh
@@ -283,12 +286,15 @@ class Agent:
     cuda_graphs        record `update` and `act` as one CUDA graph each (see `Recorded`)
     linear, unrolled   layers of the actor whose gradient is computed for all imagined steps at once, if
                        `StepLinear` and `unrolled` of mssm.py are given
+    Raises ValueError on a horizon of less than 2.
     """
 
     def __init__(self, model, objective, action_size, units=400, horizon=15, discount=0.99,
                  return_lambda=0.95, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
                  mpc_rate=0.003, mpc_iterations=1, exploration=0.3, device="cpu", bfloat16=False,
                  cuda_graphs=False, linear=nn.Linear, unrolled=nullcontext):  # fmt: skip
+        if horizon < 2:
+            raise ValueError(f"horizon is {horizon}; give 2 or more, as the last imagined state only ends the return")
         self.device, self.bfloat16 = torch.device(device), bfloat16
         self.action_size, self.horizon = action_size, horizon
         self.discount, self.return_lambda = discount, return_lambda
@@ -338,7 +344,7 @@ class Agent:
         start = self.model.state(filtered)  # each (N, D), detached
         layers = [[layer] for layer in self.actor.net if isinstance(layer, nn.Linear)]
         with self.autocast(), self.unrolled(layers):
-            latent, _ = imagine(self.model, self.actor.sample, start, self.horizon)
+            latent = imagine(self.model, self.actor.sample, start, self.horizon)
         returns, value = self.returns(latent)  # (H - 1, N)
         steps = torch.arange(len(returns), device=self.device).unsqueeze(-1)
         weight = self.discount**steps  # (H - 1, 1)
@@ -438,11 +444,12 @@ class Agent:
         for _ in range(self.mpc_iterations):
             leaves = []
             with self.autocast():
-                latent, _ = imagine(self.model, follow, state, self.horizon)
+                latent = imagine(self.model, follow, state, self.horizon)
             returns, _ = self.returns(latent)
             gradients = torch.autograd.grad(returns[0].sum(), leaves)
             plan = [(a + self.mpc_rate * g).detach().clamp(-1, 1) for a, g in zip(leaves, gradients)]
-        return plan[0] if plan else policy(self.model.latent(*state)).detach()
+        with torch.no_grad(), self.autocast():
+            return plan[0] if plan else policy(self.model.latent(*state))
 
     # -- checkpoints --
 

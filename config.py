@@ -51,7 +51,7 @@ class Protocol:
     """Section V: how long to train, and when to look at the agent."""
 
     steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16 [code: 2000000]
-    prefill: int = 5_000  # environment steps of random actions before the first update [code: 5000]
+    prefill: int = 5_000  # random environment steps first, and on to the end of an episode [code: 5000]
     first_updates: int = 100  # updates after the random steps [code: 100]
     updates_per_1000: float = 100  # updates per 1,000 environment steps [code: 100]
     capacity: int = 1_000_000  # decisions kept in the replay [ours]

@@ -499,7 +499,7 @@ class MultiModalEnv(gymnasium.Env):
         return self.observe(), dict(self.world.info)
 
     def step(self, action):
-        """Repeats the action, sums the reward, and truncates after `episode_steps`."""
+        """One decision: the world's step, what the sensors give then; truncates after `episode_steps`."""
         if self.t == self.episode_steps or self.world.terminated:
             raise gymnasium.error.ResetNeeded("no episode is under way; call reset() first")
         self.t += 1

@@ -20,7 +20,7 @@ def shared_terms(model, filtered, batch, config):
     predicted, reward = model.reward(latent), batch["reward"].flatten()
     log_reward = config.reward_weight * gaussian_log_prob(reward, predicted)
     kl = gaussian_kl(filtered.mean, filtered.std, filtered.prior_mean, filtered.prior_std).flatten()
-    error = (reward - predicted).square().mean() / reward.var().clamp(min=1e-6)
+    error = (reward - predicted).square().mean() / reward.var(correction=0).clamp(min=1e-6)
     return latent, log_reward, kl, {"kl": kl.mean(), "reward_error": error}
 
 

@@ -75,9 +75,9 @@ def one_kernel(function):
         return torch.compile(function, dynamic=False)
 
     @wraps(function)
-    def call(x, *rest, **options):
-        compile = x.is_cuda and not torch.compiler.is_compiling()
-        return (compiled() if compile else function)(x, *rest, **options)
+    def call(*inputs, **options):
+        on_gpu = any(torch.is_tensor(x) and x.is_cuda for x in (*inputs, *options.values()))
+        return (compiled() if on_gpu and not torch.compiler.is_compiling() else function)(*inputs, **options)
 
     return call
 
@@ -176,7 +176,7 @@ class Steps:
 
     def __init__(self, layers):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
-        self.x, self.y, self.passed = None, {}, []
+        self.x, self.y, self.passed = None, {}, {}  # passed: {backward pass: [(x, gradient) of each step]}
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
         device = weight.device.type
@@ -204,7 +204,8 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        ctx.passed.append((x.detach(), gradient))  # with its graph, it would keep this node, and itself, alive
+        steps = ctx.passed.setdefault(torch._C._current_graph_task_id(), [])  # this backward pass's own
+        steps.append((x.detach(), gradient))  # with its graph, x would keep this node, and itself, alive
         return gradient @ weight, None, None, None
 
 
@@ -219,8 +220,9 @@ class Parameters(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        x, gradient = (torch.cat(side) for side in zip(*ctx.passed))  # (T * B, D)
-        ctx.passed.clear()  # the graph may be passed again
+        steps = ctx.passed[torch._C._current_graph_task_id()]
+        x, gradient = (torch.cat(side) for side in zip(*steps))  # (T * B, D)
+        ctx.passed.clear()
         return gradient.T @ x, gradient.sum(0), None, None
 
 
@@ -398,8 +400,8 @@ class MSSM(nn.Module):
         return gru(self.gru_x(x), self.gru_h(state.h), state.h)
 
     def prior(self, h):
-        """Eq. (9): p(s^c | h). (..., D_h) -> mean, std (..., D_c)."""
-        return gaussian(self.prior_net(h))
+        """Eq. (9): p(s^c | h). (..., D_h) -> (..., 2 D_c), to be read by `gaussian`."""
+        return self.prior_net(h)
 
     def fused_prior(self, s_c):
         """Eq. (9): p(s^f | s^c). (..., D_c) -> mean, std (..., D_f).  Dev. D6"""
@@ -408,7 +410,7 @@ class MSSM(nn.Module):
     def imagine_step(self, state, action):
         """Eq. (4): one step of the dynamics without an observation. (N, D), (N, A) -> State."""
         h = self.transition(state, action)
-        return State(h, sample_from(self.prior_net(h)))
+        return State(h, sample_from(self.prior(h)))
 
     def latent(self, h, s_c):
         """What every head reads, Eq. (7), (8): (..., D_h), (..., D_c) -> (..., D_z)."""
@@ -480,7 +482,7 @@ class MSSM(nn.Module):
         noise     (B, D_c)  standard normal
         returns   mean (B, D_c), std (B, D_c), s_c (B, D_c), and the prior (B, 2 D_c), to be read by `gaussian`
         """
-        prior = self.prior_net(h)
+        prior = self.prior(h)
         posterior = self.posterior_out(elu_of_sum(from_s_f, self.posterior_h(h)))
         return *observed_or_prior(posterior, prior, observed, noise), prior
 

@@ -4,12 +4,12 @@ The loop of Appendix A: environments step in worker processes; meanwhile the age
 sequences drawn from the replay. Everything a run leaves is in its folder, `runs/<name>`:
 
     config.json      what `--help` lists
-    metrics.jsonl    a line every `log_every` updates and every evaluation (also for TensorBoard)
+    metrics.jsonl    a line an episode, an evaluation and every `log_every` updates
     checkpoint.pt    after every evaluation and at SIGTERM or Ctrl-C; `--resume runs/<name>` goes on
                      from there; checkpoint.previous.pt is the one before
     replay/          the collected episodes
     video-*.mp4      what the agent saw, did and got in an evaluation episode
-    events.out.*     the same and more pictures for `tensorboard --logdir runs`
+    events.out.*     metrics, video and more pictures for `tensorboard --logdir runs`
 
 Evaluate it with `python evaluate.py runs/<name>`. Options end with their value in the paper, as
 in [Appendix B: 200], or, where it is silent, in the authors' released code, [code: 50]; [ours] has
@@ -66,7 +66,10 @@ def make_agent(config, observation_space, action_size):
                  **{name: getattr(config, name) for name in MODEL})  # fmt: skip
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and cuda)
-    torch.set_float32_matmul_precision("high" if bfloat16 and cuda else "highest")  # of the losses: TF32 or not
+    # The losses' products are in float32. Where both factors come from bfloat16 layers, TF32 is as exact and faster;
+    # the fused mean of MuMMI-b does not.
+    tf32 = cuda and bfloat16 and config.method != "mummi_b"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.benchmark = not config.deterministic
     return Agent(model, partial(objective, config=config), action_size, device="cuda" if cuda else "cpu",
                  bfloat16=bfloat16, cuda_graphs=config.cuda_graphs and cuda, linear=StepLinear, unrolled=unrolled,
@@ -161,8 +164,8 @@ def updates_due(config, steps):
 
 
 def seeds(*numbers, count):
-    """`count` seeds that depend on all the numbers."""
-    return [int(seed) for seed in np.random.SeedSequence(numbers).generate_state(count)]
+    """`count` seeds that depend on all the numbers, and on how many there are: NumPy takes (1,) and (1, 0) for one."""
+    return [int(seed) for seed in np.random.SeedSequence((len(numbers), *numbers)).generate_state(count)]
 
 
 def run_episodes(agent, envs, seed, check=lambda: None):
@@ -243,6 +246,7 @@ def collect(config, agent, envs, batches, log, progress, until, check):
         for episode in replay.record({**observation, "action": action, "reward": reward}, done):
             log.write(progress.steps, {"train_return": float(episode["reward"].sum())})
         if progress.steps >= until and done.any():
+            learn(agent, batches, config, log, progress, check)  # what the last step has asked for
             return
         check()
 

@@ -149,7 +149,7 @@ def test_update_minimises_both_objectives_of_the_imagined_states():
     """The losses of `update`, from the imagined states one number at a time."""
     agent, x = world_agent(discount=0.9, return_lambda=0.8), torch.randn(1, N, 2)
     torch.manual_seed(1)
-    latent, _ = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
+    latent = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
     actor = critic = 0.0
     for n in range(N):
         reward, value = agent.model.reward(latent[:, n]).tolist(), agent.critic(latent[:, n]).tolist()
@@ -252,8 +252,7 @@ def test_update_in_bfloat16_keeps_losses_and_parameters_in_float32():
 def test_imagined_states_are_what_the_actions_lead_to():
     start, moves = torch.randn(N, 2), torch.rand(H, N, 2)
     plan = iter(moves)
-    latent, action = behaviour.imagine(World(), lambda _: next(plan), Point(start), H)
-    assert torch.equal(action, moves)
+    latent = behaviour.imagine(World(), lambda _: next(plan), Point(start), H)
     close(latent, start + 0.1 * moves.cumsum(0))
 
 
@@ -264,9 +263,9 @@ def test_imagination_starts_detached_and_the_policy_sees_no_gradient(monkeypatch
     def spy(model, policy, state, horizon):
         watched = lambda latent: seen.append(latent) or policy(latent)  # noqa: E731
         assert all(x.shape[0] == T * B and not x.requires_grad for x in state)
-        latent, action = imagine(model, watched, state, horizon)
-        assert latent.requires_grad and action.requires_grad
-        return latent, action
+        latent = imagine(model, watched, state, horizon)
+        assert latent.requires_grad
+        return latent
 
     monkeypatch.setattr(behaviour, "imagine", spy)
     agent.update(random_batch())
@@ -400,13 +399,21 @@ def test_an_environments_action_depends_on_its_own_observation_alone():
     assert [torch.allclose(before[i], after[i], atol=1e-6) for i in range(B)] == [True, False, True]
 
 
+def test_without_mpc_the_policy_runs_as_with_it():
+    agent, seen = tiny_agent(mpc_iterations=0, precision="bfloat16"), []
+    agent.actor.net[0].register_forward_hook(lambda layer, x, y: seen.append(y))
+    action = agent.plan(agent.model.initial_state(N), agent.actor.sample)
+    assert action.shape == (N, A)
+    assert [(x.dtype, x.requires_grad) for x in seen] == [(torch.bfloat16, False)]
+
+
 def test_mpc_raises_the_planned_return():
     agent, start = world_agent(mpc_rate=0.1), torch.randn(N, 2)
     policy = lambda latent: torch.full((len(latent), 2), 0.1)  # noqa: E731
 
     def planned_return(first):
         plan = iter([first] + [policy(start)] * (H - 1))
-        return agent.returns(behaviour.imagine(agent.model, lambda _: next(plan), Point(start), H)[0])[0][0]
+        return agent.returns(behaviour.imagine(agent.model, lambda _: next(plan), Point(start), H))[0][0]
 
     without, one = policy(start), agent.plan(Point(start), policy)
     assert (planned_return(one) > planned_return(without)).all()
@@ -448,10 +455,10 @@ def test_imagination_and_returns_compile_into_one_graph(monkeypatch):
     state = agent.model.initial_state(N)._replace(h=torch.randn(N, D_H), s_c=torch.randn(N, D_C))
 
     def run(state):
-        latent, action = behaviour.imagine(agent.model, agent.actor.mode, state, 3)
+        latent = behaviour.imagine(agent.model, agent.actor.mode, state, 3)
         returns, value = agent.returns(latent)
         weight = torch.ones(2, 1)
-        return action, behaviour.actor_loss(returns, weight), behaviour.critic_loss(value, returns, weight)
+        return latent, behaviour.actor_loss(returns, weight), behaviour.critic_loss(value, returns, weight)
 
     for actual, expected in zip(torch.compile(run, fullgraph=True, backend="eager")(state), run(state)):
         close(actual, expected)

@@ -157,7 +157,7 @@ def test_imagining_one_step_is_the_transition_and_a_sample_of_the_prior():
     torch.manual_seed(1)
     following = model.imagine_step(state, action)
     torch.manual_seed(1)
-    mean, std = model.prior(following.h)
+    mean, std = mssm.gaussian(model.prior(following.h))
     assert torch.equal(following.h, model.transition(state, action))
     assert torch.equal(following.s_c, mean + std * torch.randn(B, D_C))
 
@@ -167,7 +167,7 @@ def test_prior_is_a_two_layer_gaussian():
     model, h = tiny_model(), torch.randn(B, D_H)
     first, _, second = model.prior_net
     out = second(torch.nn.functional.elu(first(h))).double()
-    mean, std = model.prior(h)
+    mean, std = mssm.gaussian(model.prior(h))
     close(mean, out[:, :D_C])
     close(std, (1 + out[:, D_C:].exp()).log() + 0.1)
 
@@ -367,6 +367,23 @@ def test_the_gradient_for_all_steps_at_once_is_the_sum_over_the_steps(monkeypatc
     for actual, expected in zip(at_once, summed):
         assert expected.abs().max() > 0
         close(actual / expected.abs().max(), expected / expected.abs().max(), 2e-2 if bfloat16 else 1e-5)
+
+
+def test_a_backward_pass_that_needs_no_parameters_leaves_nothing_to_the_next():
+    """As of a saliency map: the gradient of the observation alone, then that of everything."""
+    model, batch = tiny_model(), random_batch(5)
+    batch["observation"]["touch"].requires_grad_()
+
+    def gradient(look_first):
+        torch.manual_seed(0)
+        loss = observe(model, batch).s_c.cos().sum()
+        if look_first:
+            torch.autograd.grad(loss, batch["observation"]["touch"], retain_graph=True)
+        return torch.autograd.grad(loss, model.gru_h.weight)[0]
+
+    expected = gradient(look_first=False)
+    assert expected.abs().max() > 0
+    close(gradient(look_first=True), expected)
 
 
 def test_a_layer_is_plain_again_after_the_recurrence():

@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(folder):
 def test_updates_keep_the_ratio_of_the_protocol(folder):
     """3 after the random steps, then 20 a 1,000 environment steps; none before."""
     state = runs.load_checkpoint(folder)
-    assert (state["steps"], state["updates"]) == (600, 3 + 20 * 398 // 1000)  # due at the last decision
+    assert (state["steps"], state["updates"]) == (600, 3 + 20 * (600 - 200) // 1000)
     config = Config()
     assert train.updates_due(config, 4_999) == 0
     assert train.updates_due(config, 5_000) == 100
@@ -99,6 +99,11 @@ def test_another_seed_gives_another_run(folder):
     first, other = (runs.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
     assert not torch.equal(first["posterior_h.weight"], other["posterior_h.weight"])
     assert lines(folder)[0] != lines(folder.parent / "other")[0]
+
+
+def test_evaluation_has_episodes_of_its_own():
+    evaluated, trained = (set(train.seeds(*numbers, count=10)) for numbers in [(1,), (1, 0)])  # those of step 0
+    assert len(evaluated) == len(trained) == 10 and not evaluated & trained
 
 
 def test_evaluations_are_on_unseen_backgrounds_and_without_exploration(tmp_path, monkeypatch):
