@@ -29,6 +29,7 @@ from collections import Counter
 from contextlib import nullcontext
 from functools import cache, partial, wraps
 from typing import NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -216,11 +217,11 @@ def critic_loss(value, returns, weight):
 
 
 class Recorded:
-    """A function of tensors on a GPU that is recorded as a CUDA graph and then replayed.
+    """A method, of tensors on a GPU, that is recorded as a CUDA graph and then replayed.
 
     Replayed, its kernels follow each other without waiting for Python. For each shape of the arguments
     the first three calls run as they are, while libraries choose their kernels and Adam makes its state;
-    the fourth is recorded. What the function computes may depend on the values of tensors only, not on
+    the fourth is recorded. What the method computes may depend on the values of tensors only, not on
     anything that Python decides; random numbers differ from call to call.
 
         update = Recorded(agent.update)
@@ -229,8 +230,9 @@ class Recorded:
 
     WARM_UP = 3  # calls
 
-    def __init__(self, function):
-        self.function, self.inputs, self.graphs, self.calls = function, {}, {}, Counter()
+    def __init__(self, method):
+        self.method = WeakMethod(method)  # or it and its object would keep each other's memory on the GPU
+        self.inputs, self.graphs, self.calls = {}, {}, Counter()
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *arguments, **options):
@@ -240,7 +242,8 @@ class Recorded:
             self.inputs[signature] = [x.clone() for x in leaves]
         for x, new in zip(self.inputs[signature], leaves):
             x.copy_(new)
-        call = partial(self.function, *tree_unflatten(self.inputs[signature], structure), **options)
+        inputs = tree_unflatten(self.inputs[signature], structure)
+        call = partial(self.method(), *inputs, **options)  # type: ignore[misc, arg-type]
         if self.calls[signature] < self.WARM_UP:
             self.calls[signature] += 1
             result = self.warm_up(call)
@@ -302,6 +305,9 @@ class Agent:
         self.clip, self.unrolled = clip, unrolled
 
         self.model = model.to(self.device)
+        # Autocast begins inside: the way back through a compiled function takes its types from what is around it,
+        # and the products of the losses are to stay in float32 there, too.
+        objective = self.autocast()(objective)
         self.objective = torch.compile(objective, dynamic=False) if self.device.type == "cuda" else objective
         latent_size = model.latent(*model.initial_state(1, self.device)).shape[-1]
         self.actor = Actor(latent_size, action_size, units, initial_std, linear).to(self.device)
@@ -337,7 +343,7 @@ class Agent:
         # World model: Eq. (17), or another objective
         with self.autocast():
             filtered = self.model.observe(batch["observation"], batch["present"], batch["action"])
-            loss, metrics = self.objective(self.model, filtered, batch)
+        loss, metrics = self.objective(self.model, filtered, batch)
         metrics |= self.optimise({"model": loss})
 
         # Latent imagination from every posterior state

@@ -104,7 +104,10 @@ def random_batch(length, batch_size, device, modalities=3):
 
 
 def make(modalities=3, **options):
-    """An agent, the paper's but for the options, and a batch for it."""
+    """An agent, the paper's but for the options, and a batch for it; the peak of device memory is that from here on."""
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     config = Config(**options)
     agent = train.make_agent(config, space(modalities), ACTION_SIZE)
     return agent, random_batch(config.batch_length, config.batch_size, agent.device, modalities)
@@ -132,11 +135,11 @@ def update():
                 times["peak_device_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
                 busy = kernel_milliseconds(partial(agent.update, batch))
                 times["share_in_kernels"] = round(busy / times["median"], 3)
-                torch.cuda.reset_peak_memory_stats()
             else:
                 times["matmuls"] = round(times["median"] / product, 1)
             times["peak_host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
             results[name] = times
+            del agent, batch  # their memory is not the next one's
     torch.compiler.set_stance("default")
     return results
 
@@ -287,6 +290,7 @@ def growth():
             agent, batch = make(batch_length=length, **base | {name: value})
             call = partial(agent.update, batch)
             results[f"{name} {value}"] = milliseconds(call, repeats=20 if CUDA else 3, warm_up=4)
+            del agent, batch, call
     return results
 
 

@@ -132,7 +132,7 @@ def matching_rank(mean_a, mean_b):
 
     mean_a, mean_b  (N, D_f)
     """
-    distance = torch.cdist(mean_a, mean_b)
+    distance = torch.cdist(mean_a, mean_b, compute_mode="donot_use_mm_for_euclid_dist")  # exact, also on a GPU
     return float((distance <= distance.diagonal().unsqueeze(1)).sum(1).median())
 
 

@@ -277,7 +277,8 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
     state = {
         "config": asdict(replace(config, resume="")), **asdict(progress), "agent": agent.state_dict(),
         "replay": replay.state_dict(), "log": log.state_dict(), "rng": rng.bit_generator.state,
-        "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
     }  # fmt: skip
     data = io.BytesIO()  # torch itself is not safe on a full disk
     torch.save(state, data)

@@ -30,6 +30,8 @@ from functools import partial
 # once, a small one would take half as long again.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# To ask whether there is a GPU must not open it: worker processes are forked after that.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import numpy as np
 import torch
@@ -70,6 +72,7 @@ def make_agent(config, observation_space, action_size):
     # the fused mean of MuMMI-b does not.
     tf32 = cuda and bfloat16 and config.method != "mummi_b"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not config.deterministic
     return Agent(model, partial(objective, config=config), action_size, device="cuda" if cuda else "cpu",
                  bfloat16=bfloat16, cuda_graphs=config.cuda_graphs and cuda, linear=StepLinear, unrolled=unrolled,

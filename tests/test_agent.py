@@ -399,6 +399,19 @@ def test_an_environments_action_depends_on_its_own_observation_alone():
     assert [torch.allclose(before[i], after[i], atol=1e-6) for i in range(B)] == [True, False, True]
 
 
+def test_the_way_back_through_a_compiled_objective_has_the_types_of_a_plain_one():
+    """The losses' products are in float32 there, too, though networks run under autocast."""
+    batch, gradients = random_batch(), []
+    for compiled in (False, True):
+        agent = tiny_agent(precision="bfloat16", seed=1)
+        if compiled:
+            agent.objective = torch.compile(agent.objective, backend="aot_eager")
+        agent.update(batch)
+        gradients.append([p.grad for p in agent.model.parameters()])
+    for actual, expected in zip(*gradients):
+        close(actual / expected.abs().max(), expected / expected.abs().max(), 1e-4)
+
+
 def test_without_mpc_the_policy_runs_as_with_it():
     agent, seen = tiny_agent(mpc_iterations=0, precision="bfloat16"), []
     agent.actor.net[0].register_forward_hook(lambda layer, x, y: seen.append(y))
@@ -467,9 +480,9 @@ def test_imagination_and_returns_compile_into_one_graph(monkeypatch):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_an_update_and_a_decision_never_wait_for_a_value(monkeypatch, method):
     """A CUDA graph knows no values. Tensors of the meta device have none: asking for one would raise."""
+    agent = tiny_agent(method)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta does not know
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    agent = tiny_agent(method)
     for name in agent.optimisers:
         agent.optimisers[name] = agent.adam(getattr(agent, name).to("meta"), 1e-3)
     agent.device = torch.device("meta")

@@ -143,6 +143,8 @@ def test_recorded_and_plain_decisions_agree(explore):
 def test_compiled_cells_compute_what_they_say(function, others):
     """Forwards and backwards, on inputs of the shapes in their docstrings."""
     inputs = {**parse(function)[0], **others}
+    if "std" in inputs:
+        inputs["std"] = inputs["std"] + mssm.MIN_STD  # no precision of 1e8
     results = []
     for device in ("cpu", "cuda"):
         moved = {k: x.to(device) if torch.is_tensor(x) else x for k, x in inputs.items()}

@@ -28,7 +28,7 @@ BOOL = ("present", "observed")
 
 model = mssm.MSSM(MODALITIES, SIZES["A"], d_h=SIZES["D_h"], d_c=SIZES["D_c"], d_f=SIZES["D_f"], units=8, hidden=31,
                   channels=1, fused_prior=True)  # fmt: skip
-behaviour = agent.Agent(model, None, SIZES["A"], units=8, horizon=SIZES["H"])
+behaviour = agent.Agent(model, methods.mummi, SIZES["A"], units=8, horizon=SIZES["H"])
 start = mssm.State(torch.randn(SIZES["N"], SIZES["D_h"]), torch.randn(SIZES["N"], SIZES["D_c"]))
 
 FUNCTIONS = [  # and the arguments for which a docstring gives no shape
