@@ -102,8 +102,8 @@ def test_finger_spin_resumed_equals_uninterrupted(home):
 
 
 def test_resumed_within_the_interval_of_a_log_line(home):
-    """The updates since the last line are part of the next one's means: 100 steps make an odd number of updates."""
-    run(*TOY, "--steps", 200, "--name", "halves")
+    """The updates since the last line are part of the next one's means: 300 steps make an odd number of updates."""
+    run(*TOY, "--steps", 300, "--name", "halves")
     assert runs.load_checkpoint("runs/halves")["log"]["pending"]
     run("--resume", "runs/halves", "--steps", 500)
     assert_equal_runs(Path("runs/whole"), Path("runs/halves"))
@@ -412,7 +412,8 @@ def test_a_damaged_replay_is_refused(copy, capsys, harm):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(home, capsys):
-    code, line = failure(lambda: run(*TOY, "--steps", 500, "--name", "diverged", "--model-lr", "1e30"), capsys)
+    options = ["--name", "diverged", "--steps", 500, "--prefill", 200, "--model-lr", "1e30"]  # a checkpoint comes first
+    code, line = failure(lambda: run(*TOY, *options), capsys)
     assert code == 1 and "not finite" in line and "actor_loss" in line
     batch = torch.load("runs/diverged/batch.pt", weights_only=True)
     assert batch["reward"].shape == (6, 3)
