@@ -226,12 +226,14 @@ class Recorded:
 
         update = Recorded(agent.update)
         metrics = update(batch)          # nested tensors; returns copies that later calls leave alone
+
+    It does not keep the method's object alive.
     """
 
     WARM_UP = 3  # calls
 
     def __init__(self, method):
-        self.method = WeakMethod(method)  # or it and its object would keep each other's memory on the GPU
+        self.method = WeakMethod(method)  # or the agent and its graphs would keep each other, and their memory, alive
         self.inputs, self.graphs, self.calls = {}, {}, Counter()
         self.stream = torch.cuda.Stream()
 

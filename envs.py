@@ -639,7 +639,7 @@ def make_vector_env(task, num_envs, seed=0, **kwargs):
     """
     seeds = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64).tolist()
     makers = [partial(make_env, task, seed=s, **kwargs) for s in seeds]
-    # A process in which OpenGL or CUDA is open is not to be forked: OpenGL would hang at its first picture.
+    # A fork of a process in which OpenGL is open would hang at its first picture, and CUDA does not outlive a fork.
     torch = sys.modules.get("torch")
     is_open = "mujoco" in sys.modules or (torch is not None and torch.cuda.is_initialized())
     return Workers(makers, context="spawn" if is_open else None)

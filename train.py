@@ -68,8 +68,8 @@ def make_agent(config, observation_space, action_size):
                  **{name: getattr(config, name) for name in MODEL})  # fmt: skip
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and cuda)
-    # The losses' products are in float32. Where both factors come from bfloat16 layers, TF32 is as exact and faster;
-    # the fused mean of MuMMI-b does not.
+    # The losses' products are in float32. TF32 loses nothing of factors that come from bfloat16 layers, as all do but
+    # the fused mean of MuMMI-b; on the way back it rounds the other factor to 11 bits.
     tf32 = cuda and bfloat16 and config.method != "mummi_b"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
@@ -230,7 +230,7 @@ def learn(agent, batches, config, log, progress, check):
 
 
 def collect(config, agent, envs, batches, log, progress, until, check):
-    """Whole episodes until environment step `until`, and the updates that are due meanwhile.
+    """Whole episodes until environment step `until`, and all updates that are due by then.
 
     check    called after every decision and update: it may raise; progress and replay are up to date then
     """
