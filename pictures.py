@@ -13,6 +13,7 @@ Shapes: T decisions, M sensors, A action size, D_f size of the fused code.
 import gc
 import io
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,10 +67,15 @@ def history(values, highest):
 
 def labelled(picture, label, scale):
     """A panel `scale` times as large below a line of text, as uint8."""
-    picture = picture.repeat(scale, 0).repeat(scale, 1)
-    canvas = Image.new("RGB", (picture.shape[1], LABEL), (255, 255, 255))
-    ImageDraw.Draw(canvas).text((4, 4), label, fill=(0, 0, 0), font=ImageFont.load_default(13))
-    return np.concatenate([np.asarray(canvas), picture])
+    return np.concatenate([line_of_text(label, 64 * scale), picture.repeat(scale, 0).repeat(scale, 1)])
+
+
+@lru_cache(maxsize=64)  # a video repeats most of its labels in every frame
+def line_of_text(text, width):
+    """Black on white, (LABEL, width, 3) uint8."""
+    canvas = Image.new("RGB", (width, LABEL), (255, 255, 255))
+    ImageDraw.Draw(canvas).text((4, 4), text, fill=(0, 0, 0), font=ImageFont.load_default(13))
+    return np.asarray(canvas)
 
 
 def grid(rows):
@@ -86,7 +92,7 @@ def sensors(seen):
 # ---- 2. Videos -----------------------------------------------------------------------------------
 
 
-def frames(seen, scale=4, every=1):
+def frames(seen, scale=2, every=1):
     """What the agent saw, its action and its reward, decision by decision: pictures of one size."""
     names, rewards = sensors(seen), [float(step["reward"][0]) for step in seen]
     for t in range(0, len(seen), every):
@@ -109,7 +115,7 @@ def write_video(path, seen, fps=20):
         stream = None
         for picture in frames(seen):
             if stream is None:
-                stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
+                stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p", options={"preset": "veryfast"})
                 stream.height, stream.width = picture.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
         container.mux(stream.encode())
@@ -119,7 +125,7 @@ def write_video(path, seen, fps=20):
 def gif(seen, most=60, fps=10):
     """An episode in at most so many frames, as the bytes of a GIF: what TensorBoard can play."""
     every = math.ceil(len(seen) / most)
-    first, *others = [Image.fromarray(x) for x in frames(seen, scale=2, every=every)]
+    first, *others = [Image.fromarray(x) for x in frames(seen, every=every)]
     data = io.BytesIO()
     first.save(data, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
     return data.getvalue()

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ("--device cpu --num-envs 1 --eval-episodes 1 --first-updates 3 --log-every 2 --batch-size 3 --batch-length 6 "
         "--horizon 2 --mpc-iterations 0 --channels 1 --units 8 --hidden 8 --d-h 8 --d-c 4 --d-f 8").split()  # fmt: skip
 TOY = [*TINY, *"--task toy --prefill 100 --updates-per-1000 30 --eval-every 100 --capacity 300".split()]
-FINGER = [*TINY, *"--task finger_spin --prefill 500 --updates-per-1000 6 --eval-every 1000 --capacity 1100".split()]
+FINGER = [*TINY, *"--task finger_spin --prefill 100 --updates-per-1000 30 --eval-every 200 --capacity 220".split()]
 
 
 def run(*options):
@@ -92,11 +92,12 @@ def failure(action, capsys, program="train.py"):
 # ---- 1. Resuming ----
 
 
-def test_finger_spin_resumed_equals_uninterrupted(home):
-    """Simulator, camera, procedural background and missing data go on bit for bit."""
-    run(*FINGER, "--steps", 2000, "--name", "finger")
-    run(*FINGER, "--steps", 1000, "--name", "finger-halves")
-    run("--resume", "runs/finger-halves", "--steps", 2000)
+def test_finger_spin_resumed_equals_uninterrupted(home, monkeypatch):
+    """Simulator, camera, procedural background and missing data go on bit for bit. Episodes of 100 decisions."""
+    monkeypatch.setattr(envs.ControlSuite, "episode_steps", 100)
+    run(*FINGER, "--steps", 400, "--name", "finger")
+    run(*FINGER, "--steps", 200, "--name", "finger-halves")
+    run("--resume", "runs/finger-halves", "--steps", 400)
     assert runs.load_checkpoint("runs/finger")["updates"] > 3
     assert_equal_runs(Path("runs/finger"), Path("runs/finger-halves"))
 
