@@ -36,8 +36,9 @@ import agent as behaviour
 import mssm
 from config import Config
 from envs import TASKS, make_env, make_vector_env
+from pictures import gif, of_evaluation, write_video
 from replay import Replay
-from runs import Log, Progress
+from runs import Log, Progress, save_checkpoint
 
 ACTION_SIZE = 2
 CUDA = torch.cuda.is_available()
@@ -354,7 +355,7 @@ class Enough(Exception):
 
 
 def training(seconds=60):
-    """Environment steps and updates a second of `train.py` on finger_spin, evaluation and checkpoints aside."""
+    """Environment steps and updates a second of `train.py` on finger_spin, between two of `evaluation`."""
     config = Config(prefill=8_000, first_updates=6, capacity=100_000)  # an episode of each environment first
     start = SimpleNamespace(time=None)
 
@@ -388,9 +389,38 @@ def training(seconds=60):
     }  # fmt: skip
 
 
+def evaluation():
+    """What `train.py` does on finger_spin every `eval_every` environment steps, while nothing is learnt."""
+    config, results = Config(), {}
+    envs = make_vector_env(config.task, config.eval_episodes, split="eval")
+    agent, batch = make()
+    agent.update(batch)  # a checkpoint holds Adam's state, too
+
+    def timed(name, function, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        wait()
+        results[name] = round(1e3 * (time.perf_counter() - start))
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        memory = Replay(Path(folder) / "replay", train.replay_fields(space(), ACTION_SIZE), config.capacity)
+        rng, log = np.random.default_rng(0), Log(Path(folder), config.steps)
+        log.write(0, {})
+        for _ in range(2):  # the first time, kernels are compiled
+            _, seen = timed("episodes", train.run_episodes, agent, envs, config.seed)
+            timed("video", write_video, Path(folder) / "video.mp4", seen)
+            pictures = timed("pictures", of_evaluation, agent.model, seen, config.method)
+            log.show_pictures(0, pictures, timed("film", gif, seen))
+            timed("checkpoint", save_checkpoint, Path(folder), agent, memory, rng, log, config, Progress())
+        log.close()
+    envs.close(terminate=True)
+    return results | {"sum": sum(results.values())}
+
+
 SECTIONS = {
     section.__name__: section
-    for section in (update, action, stages, operators, growth, environments, replay, training)
+    for section in (update, action, stages, operators, growth, environments, replay, training, evaluation)
 }  # fmt: skip
 
 if __name__ == "__main__":
