@@ -89,7 +89,8 @@ def tanh_normal(parameters, initial_std):
     """
     mean, raw_std = parameters.float().chunk(2, -1)
     mean = MEAN_SCALE * torch.tanh(mean / MEAN_SCALE)
-    return mean, F.softplus(raw_std + math.log(math.exp(initial_std) - 1)) + 1e-4
+    inverse = initial_std + math.log(-math.expm1(-initial_std))  # softplus of it is initial_std
+    return mean, F.softplus(raw_std + inverse) + 1e-4
 
 
 @one_kernel
@@ -196,7 +197,7 @@ def actor_loss(returns, weight):
     """Eq. (18): max over eta of E[sum of V_lambda(z)], as a mean to be minimised.
 
     returns  (H - 1, N)
-    weight   (H - 1, 1)  weight[t] = discount^t, [code]
+    weight   (H - 1, 1)  weight[t] = discount^t, [code].  Dev. D20
     returns  ()
     """
     return -(weight * returns).mean()
@@ -443,7 +444,7 @@ class Agent:
         plan = []  # H actions (B, A)
 
         def follow(latent):
-            """The planned action; the policy's own on the first iteration. A leaf of the graph."""
+            """The planned action; the policy's own on the first iteration. A leaf of this iteration's graph."""
             with torch.no_grad():
                 action = plan[len(leaves)] if plan else policy(latent)
             leaves.append(action.requires_grad_())

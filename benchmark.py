@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -76,11 +76,21 @@ def spread(times):
     return {"median": round(float(np.median(times)), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
 
 
+def processor():
+    """What the processor calls itself."""
+    if platform.system() == "Linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
+@cache
 def machine():
-    """Names and versions, and the matrix product that times are compared with."""
+    """The day, names and versions, and the matrix product that times are compared with."""
     a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
     return {
-        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"), "processor": processor(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if CUDA else None,
         "torch": torch.__version__, "matmul_2048": milliseconds(lambda: a @ b, repeats=20, warm_up=3),
     }  # fmt: skip
@@ -408,7 +418,8 @@ def evaluation():
         rng, log = np.random.default_rng(0), Log(Path(folder), config.steps)
         log.write(0, {})
         for _ in range(2):  # the first time, kernels are compiled
-            _, seen = timed("episodes", train.run_episodes, agent, envs, config.seed)
+            episode_seeds = train.seeds(config.seed, count=envs.num_envs)
+            _, seen = timed("episodes", train.run_episodes, agent, envs, episode_seeds)
             timed("video", write_video, Path(folder) / "video.mp4", seen)
             pictures = timed("pictures", of_evaluation, agent.model, seen, config.method)
             log.show_pictures(0, pictures, timed("film", gif, seen))

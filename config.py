@@ -43,7 +43,7 @@ class Environment:
     num_envs: int = 8  # stepping side by side in worker processes [ours]
     missing_rate: float = 0.375  # of each sensor's data in training [section V: 0.375]
     missing_process: str = "exact"  # exact, or released: a random process.  Dev. D7 [section V: exact; code: released]
-    backgrounds: str = "procedural"  # or a path: videos, folders of frames, CVRL's arrays [section V: ILSVRC]
+    backgrounds: str = "procedural"  # or a path: videos, frames, CVRL's arrays.  Dev. D21 [section V: ILSVRC]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Objective:
 
     touch_weight: float = 0.001  # lambda^m of touch; 1 for every other modality.  Dev. D8 [code: 0.001]
     reward_weight: float = 1.0  # of log p(r | z) [Eq. (17): 1]
-    free_nats: float = 3.0  # of the KL [code: 3]
+    free_nats: float = 3.0  # of the KL.  Dev. D19 [Eq. (17): 0; code: 3]
     fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6 [Eq. (17): 1; code: 0]
     absent_logit: float = -math.inf  # log f of absent observations.  Dev. D4 [code: -100]
     over_present: bool = True  # InfoNCE is a mean over present steps, not all.  Dev. D5 [Eq. (15): True; code: False]
@@ -119,7 +119,7 @@ class Config(Behaviour, Learning, Objective, Model, Protocol, Environment, Run):
 
 EXAMPLES = """\
 examples:
-  python train.py --task toy                              a first run: six minutes on two CPU cores
+  python train.py --task toy                              a first run: some eight minutes on a CPU
   python train.py --task finger_spin                      the paper's sizes and protocol, for a GPU
   python train.py --task walker_walk --method cvrl --seed 2          another cell of Table I
   python train.py --task cup_catch --backgrounds videos   a folder of videos behind the body

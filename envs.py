@@ -111,7 +111,7 @@ SCHEDULES = {"exact": missing_schedule, "released": released_schedule}
 def open_backgrounds(source, split):
     """A function draw(rng) that picks a video and returns an endless iterator of its frames.
 
-    source  "procedural"; or a path: a video, a folder of videos or of folders of frames
+    source  "procedural" (Dev. D21); or a path: a video, a folder of videos or of folders of frames
             (ILSVRC-VID, DAVIS), or an array, .npy or CVRL's natural_train.pkl
     split   "train" or "eval": their scenes differ, and their videos where there are several
 
@@ -634,8 +634,8 @@ def work(*args):
 def make_vector_env(task, num_envs, seed=0, **kwargs):
     """Environments in worker processes, seeded apart; kwargs as of `make_env`.
 
-    Call `reset()` without a seed.  A step after the end of an episode resets and ignores its
-    action (AutoresetMode.NEXT_STEP).
+    `reset(seed=[...])` takes one seed per environment.  A step after the end of an episode resets and
+    ignores its action (AutoresetMode.NEXT_STEP).
     """
     seeds = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64).tolist()
     makers = [partial(make_env, task, seed=s, **kwargs) for s in seeds]

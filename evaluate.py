@@ -34,7 +34,8 @@ from runs import load_checkpoint
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 TABLE_II = ("Medium", "None")
 PAPER = Path(__file__).parent / "results" / "paper.json"
-MAY_DIFFER = set("task method seed name resume device deterministic cuda_graphs num_envs log_every eval_every".split())
+MAY_DIFFER = set("task method seed name resume device deterministic cuda_graphs num_envs log_every eval_every "
+                 "eval_episodes".split())
 
 
 @dataclass
@@ -69,32 +70,39 @@ def sensor_subsets(options, sensors):
     return [s for size in range(len(kept), 0, -1) for s in itertools.combinations(kept, size)]
 
 
-def evaluate_run(folder, config, agent, options):
-    """Episodes of one run. Returns records, a dictionary for each missing rate and set of sensors."""
+def evaluate_run(folder, config, agent, steps, options):
+    """Episodes of one run. Returns records, a dictionary for each missing rate and set of sensors.
+
+    steps  environment steps that the agent was trained for
+    """
     space = environments.make_env(config.task).observation_space
     sensors = [name for name in space if name != "present"]
     rates, records = options.rates or (TABLE_II if config.task == "table_wiping" else tuple(RATES)), []
+    episode_seeds = seeds(options.seed, count=options.episodes)
     for kept, rate in itertools.product(sensor_subsets(options, sensors), rates):
         torch.manual_seed(options.seed)
         returns, seen = np.empty(0), None
         while len(returns) < options.episodes:  # ten at a time: each has a process of its own
+            ten = episode_seeds[len(returns) :][:10]
             envs = environments.make_vector_env(
-                config.task, min(10, options.episodes - len(returns)), missing_rate=RATES[rate],
+                config.task, len(ten), missing_rate=RATES[rate],
                 backgrounds=config.backgrounds, split="eval", randomize=options.randomize,
                 remove=tuple(set(sensors) - set(kept)),
             )  # fmt: skip
-            more, what = run_episodes(agent, envs, options.seed + len(returns))
+            more, what = run_episodes(agent, envs, ten)
             returns, seen = np.append(returns, more), seen or what
             envs.close()
         records.append({
-            "run": str(folder), "task": config.task, "method": config.method, "seed": config.seed,
+            "run": str(folder), "task": config.task, "method": config.method, "seed": config.seed, "steps": steps,
             "missing": rate, "sensors": "+".join(kept), "returns": returns.tolist(),
         })  # fmt: skip
         if options.calibration and config.method in ("mummi", "mummi_b", "mssm_e") and len(kept) > 1:
             records[-1]["calibration"] = calibration(agent, seen, kept)
         if options.video:
             path = output_path(options)
-            which = [Path(folder).name] * (len(options.runs) > 1) + [rate, *kept * (len(kept) < len(sensors))]
+            which = [rate] if len(kept) == len(sensors) else [rate, *kept]
+            if len(options.runs) > 1:
+                which.insert(0, Path(folder).name)
             write_video(path.with_name("-".join([path.name, *which]) + ".mp4"), seen)
     return records
 
@@ -105,8 +113,9 @@ def calibration(agent, seen, kept):
 
     seen     observations, one dictionary of (B, ...) a step
     returns  {"log_std": {sensor: mean log standard deviation of its expert},
-              "share": {sensor: its share of the product's precision where all are present},
-              "rank": {"a -> b": median rank of the matching step, by distance between the means}}
+              "share": {sensor: its weight in the product where all are present},
+              "rank": {"a -> b": median rank of the matching step, by distance between the means},
+              "steps": how many have all sensors}; None if none has
     """
     stacked = {name: np.stack([step[name] for step in seen]) for name in seen[0]}
     stacked = {name: x[:, : max(1, 2500 // len(seen))] for name, x in stacked.items()}  # about 2,500 steps
@@ -116,7 +125,9 @@ def calibration(agent, seen, kept):
     fused = model.fuse(model.encode(observation), present)
     names = list(model.modalities)
     every = present[[names.index(name) for name in kept]].all(0)  # (T, B)
-    precision = fused.expert_std.pow(-2).mean(-1) * present  # (M, T, B)
+    if not every.any():
+        return None
+    precision = fused.expert_std.pow(-model.expert_power).mean(-1) * present  # (M, T, B)
     share = (precision / precision.sum(0).clamp(min=1e-9))[:, every].mean(1)
     mean = {name: fused.expert_mean[names.index(name)][every] for name in kept}  # (N, D_f)
     return {
@@ -162,18 +173,25 @@ def reference_returns(task, episodes, seed):
 
 
 def check_comparable(configs):
-    """Raises ValueError where runs differ in more than task, method and seed, naming the difference."""
-    first_folder, first = next(iter(configs.items()))
+    """Raises ValueError where two runs of a task differ in more than method and seed, or not even in these.
+
+    configs  {folder: Config}
+    """
+    first, seen = {}, {}
     for folder, config in configs.items():
+        other = first.setdefault(config.task, folder)
         for name, value in asdict(config).items():
-            other = getattr(first, name)
-            if name not in MAY_DIFFER and value != other and config.task == first.task:
-                raise ValueError(f"{first_folder} and {folder} differ in {name}, {other} and {value}: "
-                                 "evaluate them apart")  # fmt: skip
+            expected = getattr(configs[other], name)
+            if name not in MAY_DIFFER and value != expected:
+                raise ValueError(f"{other} and {folder} differ in {name}, {expected} and {value}: evaluate them apart")
+        run = config.task, config.method, config.seed
+        if run in seen:
+            raise ValueError(f"{seen[run]} and {folder} are both {run[0]}, {run[1]}, seed {run[2]}: leave one out")
+        seen[run] = folder
 
 
 def pool(records):
-    """Records pooled over runs: {(task, sensors, missing): {method: {mean, std, episodes, seeds}}}."""
+    """Records pooled over runs: {(task, sensors, missing): {method: {mean, std, episodes, seeds, steps}}}."""
     groups = defaultdict(lambda: defaultdict(list))
     for record in records:
         groups[record["task"], record["sensors"], record["missing"]][record["method"]].append(record)
@@ -184,7 +202,7 @@ def pool(records):
             returns = np.concatenate([record["returns"] for record in group])
             cells[row][method] = {
                 "mean": float(returns.mean()), "std": float(returns.std()), "episodes": len(returns),
-                "seeds": len({record["seed"] for record in group}),
+                "seeds": len({record["seed"] for record in group}), "steps": {record["steps"] for record in group},
             }  # fmt: skip
     return cells
 
@@ -220,7 +238,9 @@ def markdown(cells, references):
         lines.append(f"| {task} | {sensors} | {missing} | " + " | ".join(texts) + " |")
     counts = {(c["seeds"], c["episodes"]) for row in cells.values() for c in row.values()}
     counted = "; ".join(f"{s} seed{'s' * (s > 1)}, {e} episodes" for s, e in sorted(counts))
-    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} a cell."]
+    steps = sorted(set().union(*(cell["steps"] for row in cells.values() for cell in row.values())))
+    trained = " or ".join(f"{s:,}" for s in steps) + " environment steps of training."
+    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} per cell. {trained}"]
     for task, policies in references.items():
         for name, returns in policies.items():
             lines.append(f"The {name} policy earns {np.mean(returns):.1f} ± {np.std(returns):.1f} on {task}.")
@@ -232,8 +252,7 @@ def calibration_markdown(records):
     lines = ["", "| run | missing | sensors | mean log std | share of the precision | rank of the matching step |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for record in records:
-        if "calibration" in record:
-            c = record["calibration"]
+        if c := record.get("calibration"):
             texts = [", ".join(f"{name} {value:.2f}" for name, value in c[key].items()) for key in ("log_std", "share")]
             texts.append(", ".join(f"{name} {value:.0f}" for name, value in c["rank"].items()) + f" of {c['steps']}")
             lines.append(f"| {record['run']} | {record['missing']} | {record['sensors']} | {' | '.join(texts)} |")
@@ -265,8 +284,9 @@ def main(options):
         env = environments.make_env(config.task)
         agent = make_agent(replace(config, device=options.device), env.observation_space, env.action_space.shape[0])
         agent.load_state_dict(checkpoints[folder]["agent"])
-        print(f"{folder}: step {checkpoints[folder]['steps']}", file=sys.stderr)
-        records += evaluate_run(folder, config, agent, options)
+        steps = checkpoints[folder]["steps"]
+        print(f"{folder}: step {steps}", file=sys.stderr)
+        records += evaluate_run(folder, config, agent, steps, options)
     tasks = dict.fromkeys(config.task for config in configs.values()) if options.references else {}
     references = {task: reference_returns(task, options.episodes, options.seed) for task in tasks}
 
@@ -280,10 +300,10 @@ def main(options):
     path.with_name(path.name + ".json").write_text(json.dumps(report, indent=1) + "\n")
     with open(path.with_name(path.name + ".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("task method seed sensors missing mean std episodes".split())
+        writer.writerow("task method seed steps sensors missing mean std episodes".split())
         for r in records:
             returns = np.array(r["returns"])
-            row = [r["task"], r["method"], r["seed"], r["sensors"], r["missing"]]
+            row = [r["task"], r["method"], r["seed"], r["steps"], r["sensors"], r["missing"]]
             writer.writerow([*row, round(returns.mean(), 2), round(returns.std(), 2), len(returns)])
 
 

@@ -15,7 +15,7 @@ from mummi_loss import (elbo_loss, gaussian_kl, gaussian_log_prob, info_nce, log
 
 
 def shared_terms(model, filtered, batch, config):
-    """What every objective has: latents (N, D_z), log p(r | z) (N,), KL (N,) and metrics."""
+    """What every objective has: latents (N, D_z), log p(r | z) (N,) with its weight, KL (N,) and metrics."""
     latent = model.latent(filtered.h, filtered.s_c).flatten(0, 1)
     predicted, reward = model.reward(latent), batch["reward"].flatten()
     log_reward = config.reward_weight * gaussian_log_prob(reward, predicted)

@@ -313,7 +313,7 @@ def product_of_experts(mean, std, present, power=2):
 
     mean, std  (M, ..., D)  one expert a modality
     present    (M, ...)     bool; the expert of an absent modality is dropped
-    power      2 weighs an expert by its precision 1/std^2; [code] uses 1/std.  Dev. D1
+    power      2 weighs an expert by its precision 1/std^2; [code] by 1/std, and adds 0.01 to their sum.  Dev. D1
     returns    mean (..., D), std (..., D); mean 0, std 1 where the product is empty
     """
     precision = std.reciprocal() if power == 1 else std.reciprocal().square()

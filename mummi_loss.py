@@ -73,7 +73,7 @@ def log_inner_product(projected_z, projected_x):
 
 
 def info_nce(log_f, present, absent_logit=-math.inf):
-    """Eq. (15): log f(x+, z) - log sum over x of f(x, z), for each observed step.
+    """Eq. (15): log f(x+, z) - log sum over x of f(x, z), for each observed step; the sum has x+ in it.
 
     log_f    (N, N)  log f[i, j] of latent i and observation j; the positive of row i is column i
     present  (N,)    True where this modality was observed
@@ -107,7 +107,7 @@ def mummi_loss(bounds, present, weights, log_reward, kl, free_nats=3.0, over_pre
     weights       {name: float}  lambda^m.  Dev. D8
     log_reward    (N,)  log p(r | z)
     kl            (N,)
-    free_nats     nats of the mean KL that cost nothing, [Dreamer]
+    free_nats     nats of the mean KL that cost nothing, [Dreamer].  Dev. D19
     returns       ()
     """
     information = sum(

@@ -203,7 +203,7 @@ def calibration_picture(model, seen):
     std = model.fuse(model.encode(observation), here).expert_std[:, :, 0]  # (M, T, D_f)
     here = here[..., 0].cpu().numpy()
     log_std = np.where(here, std.log().mean(-1).cpu().numpy(), np.nan)
-    precision = np.where(here, std.pow(-2).mean(-1).cpu().numpy(), 0)
+    precision = np.where(here, std.pow(-model.expert_power).mean(-1).cpu().numpy(), 0)
     share = precision / np.maximum(precision.sum(0), 1e-9)
     figure = Figure(figsize=(9, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -259,8 +259,8 @@ def similarity_picture(model, seen, fused_too, most=100):
 @torch.no_grad()
 def of_evaluation(model, seen, method):
     """{name: picture} of an evaluation's first episode: whatever the model of that method has the heads for."""
-    devices = [x.device for x in [next(model.parameters())] if x.is_cuda]
-    with torch.random.fork_rng(devices):  # looking changes nothing of what follows
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing of what follows
         pictures = {"seen": seen_picture(seen)}
         if hasattr(model, "decoders"):
             pictures["open_loop"] = open_loop_picture(model, seen)

@@ -202,18 +202,20 @@ class Log:
         means = {name: float(torch.stack(values).mean()) for name, values in self.pending.items()}
         if all(math.isfinite(value) for name, value in means.items() if name.endswith(("_loss", "_norm"))):
             return means
-        age, names = self.first_fault()
+        age, names = self.first_fault() or (0, ["their sum"])
         torch.save(self.batch, self.folder / "batch.pt")
         raise Fault(f"not finite, {age} updates ago: {', '.join(names)}; the batch of the last update is in "
                     f"{self.folder}/batch.pt; --resume goes on from the checkpoint, with --log-every 1 it stops "
                     "at the very batch")  # fmt: skip
 
     def first_fault(self):
-        """How many updates ago something was first not finite, and its names."""
-        goods = zip(*([math.isfinite(x) for x in values] for values in self.pending.values()))
-        rows = [[name for name, good in zip(self.pending, row) if not good] for row in goods]
-        age, names = next((age, names) for age, names in zip(range(len(rows) - 1, -1, -1), rows) if names)
-        return age, names
+        """How many updates ago something was first not finite, and its names; None if only a sum is not."""
+        count = len(next(iter(self.pending.values())))
+        for i in range(count):
+            names = [name for name, values in self.pending.items() if not math.isfinite(values[i])]
+            if names:
+                return count - 1 - i, names
+        return None
 
     def write(self, steps, values):
         """One line of {name: int or float} at an environment step."""

@@ -1,8 +1,8 @@
 """Many runs on a cluster: `python sweep.py` plans all of Table I, 60 runs; with `--yes` it makes them.
 
-Every run is a `python train.py` of its own, in a task of Ray's that holds its share of a GPU and of the
+Every run is a `python train.py` of its own, in a Ray task that holds its share of a GPU and of the
 CPUs. One that dies goes on from its last checkpoint, on any node. When all are done, each is evaluated on
-the cluster, and their table and curves are written to `<runs>/table.md` (Table I, II) and `<runs>/curves.png`
+the cluster, and their table and curves are written to `<runs>-table.md` (Table I, II) and `<runs>-curves.png`
 and `.svg` (Fig. 5). Ctrl-C ends every run with a checkpoint; the same command goes on, and skips what is
 finished. What a run prints is in its `sweep.log`.
 
@@ -407,7 +407,8 @@ def evaluation(folder, config, options, device, references):
         newer = (folder / "evaluation.json").stat().st_mtime >= (folder / "checkpoint.pt").stat().st_mtime
         if newer and (done["episodes"], done["remove"]) == (options.episodes, remove):
             return None
-    arguments = ["--episodes", str(options.episodes), *["--remove", *remove][: 2 * len(remove)], "--device", device]
+    arguments = ["--episodes", str(options.episodes), "--device", device]
+    arguments += ["--remove", *remove] if remove else []
     arguments += ["--references" if references else "--no-references"]
     return Job(folder, [str(ROOT / "evaluate.py"), str(folder), *arguments])
 
@@ -420,8 +421,8 @@ def write_results(configs, folder):
     references = {task: returns for report in reports for task, returns in report["references"].items()}
     text = evaluate.markdown(evaluate.pool(records), references)
     print(text, end="")
-    (folder / "table.md").write_text(text)
-    plot.main(plot.Options(runs=tuple(map(str, configs)), panels=True, output=str(folder / "curves")))
+    Path(f"{folder}-table.md").write_text(text)  # beside the folder: everything in it is a run
+    plot.main(plot.Options(runs=tuple(map(str, configs)), panels=True, output=f"{folder}-curves"))
 
 
 def main(options, rest):

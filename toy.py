@@ -147,6 +147,9 @@ def nearest(x, truth, k=5):
 def measure(sensors, fit, test):
     """{what: number}. Decoders are fitted on one lot of motion and tested on another.
 
+    Fitted on the latent states that both sensors give, a decoder is what an actor trained with both would read;
+    one of its own, fitted on those of one sensor alone, tells what they hold at all.
+
     sensors    the two names
     fit, test  Spaces
     """
@@ -155,7 +158,9 @@ def measure(sensors, fit, test):
     decode = linear(fit.latent[2], fit.truth)
     for i, view in enumerate([f"{a} alone", f"{b} alone", "both"]):
         decoded = decode(test.latent[i])
-        numbers[f"R2 of position from the latent state, {view}"] = r2(decoded, test.truth)
+        of_its_own = linear(fit.latent[i], fit.truth)(test.latent[i])
+        what = f"R2 of position from the latent state, {view}"
+        numbers[what], numbers[f"{what}, by a decoder of its own"] = r2(decoded, test.truth), r2(of_its_own, test.truth)
         for j, coordinate in enumerate("xy"):
             numbers[f"R2 of {coordinate}, {view}"] = r2(decoded[:, j], test.truth[:, j])
     for i, j, pair in ((0, 1, f"{a} -> {b}"), (1, 0, f"{b} -> {a}")):

@@ -171,13 +171,13 @@ def seeds(*numbers, count):
     return [int(seed) for seed in np.random.SeedSequence((len(numbers), *numbers)).generate_state(count)]
 
 
-def run_episodes(agent, envs, seed, check=lambda: None):
-    """One episode in each environment, without exploration or learning.
+def run_episodes(agent, envs, episode_seeds, check=lambda: None):
+    """One episode in each environment, from the seed given for it, without exploration or learning.
 
     check    called at every step: it may raise
     returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step
     """
-    observation, _ = envs.reset(seed=seeds(seed, count=envs.num_envs))
+    observation, _ = envs.reset(seed=episode_seeds)
     memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     seen = []
@@ -296,7 +296,8 @@ def main(config):
                     until = min((progress.evaluated // config.eval_every + 1) * config.eval_every, config.steps)
                     collect(config, agent, envs, batches, log, progress, until, stop.check)
                     batches.drop()
-                    returns, seen = run_episodes(agent, eval_envs, config.seed, stop.check)
+                    episode_seeds = seeds(config.seed, count=config.eval_episodes)
+                    returns, seen = run_episodes(agent, eval_envs, episode_seeds, stop.check)
                     mean, std = returns.mean(), returns.std()
                     log.write(progress.steps, {"updates": progress.updates, "eval_return": mean, "eval_std": std})
                     tqdm.write(f"step {progress.steps}: return {mean:.1f} ± {std:.1f} over {len(returns)} episodes")

@@ -145,6 +145,7 @@ def test_critic_loss_treats_the_returns_as_targets():
 
 
 @pytest.mark.eq(18, 19)
+@pytest.mark.dev(20)
 def test_update_minimises_both_objectives_of_the_imagined_states():
     """The losses of `update`, from the imagined states one number at a time."""
     agent, x = world_agent(discount=0.9, return_lambda=0.8), torch.randn(1, N, 2)

@@ -192,6 +192,7 @@ def test_procedural_video_never_stands_still_or_ends():
         assert changed.min() > 0.2 and changed.mean() > 0.6
 
 
+@pytest.mark.dev(21)
 def test_training_and_evaluation_scenes_are_disjoint(monkeypatch):
     monkeypatch.setattr(envs, "procedural_video", lambda scene: scene)
     rng = np.random.default_rng(0)

@@ -212,6 +212,7 @@ def test_elbo_loss_is_the_sum_written_out():
 
 
 @pytest.mark.eq(10, 17)
+@pytest.mark.dev(19)
 def test_free_nats_apply_to_the_mean_kl_not_to_each_step():
     kl = torch.tensor([0.0, 0.0, 5.0, 8.0])  # mean 3.25; clamped step by step it would be 4.75
     zero, present = torch.zeros(4), torch.ones(4).bool()

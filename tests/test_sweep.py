@@ -178,8 +178,8 @@ def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(c
         task, method, seed = folder.name.split("-")
         run(*TOY, "--steps", 600, "--method", method, "--seed", seed, "--name", f"alone-{folder.name}")
         assert_equal_runs(Path("runs") / f"alone-{folder.name}", folder)
-    assert Path("runs/table.md").read_text() in said and said.count("| toy | position+camera |") == 3
-    assert Path("runs/curves.png").exists() and Path("runs/curves.svg").exists()
+    assert Path("runs-table.md").read_text() in said and said.count("| toy | position+camera |") == 3
+    assert Path("runs-curves.png").exists() and Path("runs-curves.svg").exists()
     references = [json.loads((folder / "evaluation.json").read_text())["references"] for folder in folders]
     assert [list(x) for x in references] == [["toy"], [], [], []] and "The random policy earns" in said
 
@@ -201,14 +201,14 @@ def test_an_interrupted_sweep_goes_on_and_a_run_that_fails_does_not_stop_the_oth
     code, said = end(start(cluster, *options))
     assert code == 1 and "1 of 2 runs failed: toy-mummi-2" in said, said
     assert "toy-mummi-2: exit code 2" in said and "attempt 2 of 2 follows" in said and "given up" in said
-    assert sweep.finished(folders[0], Config(steps=400)) and "1 seed, 1 episodes" in Path("runs/table.md").read_text()
+    assert sweep.finished(folders[0], Config(steps=400)) and "1 seed, 1 episodes" in Path("runs-table.md").read_text()
 
     (folders[1] / "checkpoint.pt").write_bytes(whole)
     before = (folders[0] / "sweep.log").read_text()
     code, said = end(start(cluster, *options))
     assert code == 0 and "of which 1 are finished" in said, said
     assert (folders[0] / "sweep.log").read_text() == before, "what is finished is left alone"
-    assert "2 seeds, 2 episodes" in Path("runs/table.md").read_text()
+    assert "2 seeds, 2 episodes" in Path("runs-table.md").read_text()
 
 
 def test_a_node_that_does_not_see_the_runs_is_named(cluster):

@@ -86,7 +86,10 @@ def test_measures_of_experts_that_agree():
 def test_measures_of_experts_that_disagree():
     """The second sensor's code is turned by half a turn: what lies near lies elsewhere."""
     code = (toy_truth - 0.5) @ torch.randn(2, 8)
-    numbers = toy.measure(["a", "b"], *[spaces([code, -code, code], [toy_truth] * 3)] * 2)
+    turned = spaces([code, -code, code], [toy_truth, 1 - toy_truth, toy_truth])  # of latent states, too
+    numbers = toy.measure(["a", "b"], turned, turned)
+    assert numbers["R2 of position from the latent state, b alone"] < -1
+    close(numbers["R2 of position from the latent state, b alone, by a decoder of its own"], 1.0)
     for pair in ("a -> b", "b -> a"):
         assert numbers[f"R2 of position by nearest expert means, {pair}"] < -1
         assert numbers[f"median rank of the same step among {N}, {pair}"] > N / 4

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import evaluate
 import runs
 import train
 from config import TASK_DEFAULTS, Config
+from mssm import MSSM
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--task toy --device cpu --num-envs 2 --eval-episodes 2 --prefill 200 --first-updates 3 --updates-per-1000 20 "
@@ -138,7 +140,7 @@ def test_evaluation_prints_and_writes_the_table(folder, capsys):
 
 @pytest.mark.table(1)
 def test_evaluation_shows_the_papers_figures_beside_ours():
-    cells = {("finger_spin", "rgb+depth+touch", "High"): {"mummi": dict(mean=900, std=10, seeds=3, episodes=30)}}
+    cells = {("finger_spin", "rgb+depth+touch", "High"): {"mummi": dict(mean=900, std=10, seeds=3, episodes=30, steps={2_000_000})}}
     assert "| 900.0 ± 10.0 [929.1 ± 20.8] |" in evaluate.markdown(cells, {})
     cells = {("finger_spin", "rgb+depth", "High"): cells.popitem()[1]}
     assert "[" not in evaluate.markdown(cells, {}), "the paper removes no sensor in Table I"
@@ -146,7 +148,7 @@ def test_evaluation_shows_the_papers_figures_beside_ours():
 
 def test_table_ii_has_the_rows_and_columns_of_the_paper():
     """Whatever the order of the runs."""
-    cell = dict(mean=1, std=2, seeds=1, episodes=30)
+    cell = dict(mean=1, std=2, seeds=1, episodes=30, steps={1_000_000})
     cells = {("table_wiping", sensors, rate): {method: cell for method in ("mssm_e", "mummi_b", "mummi")}
              for sensors in ("workspace+robot", "robot") for rate in evaluate.TABLE_II}  # fmt: skip
     table = evaluate.markdown(cells, {}).splitlines()
@@ -237,6 +239,36 @@ def test_evaluation_refuses_runs_that_are_not_comparable():
         evaluate.check_comparable(configs)
     configs.pop("c")
     evaluate.check_comparable(configs)
+    configs |= {"d": Config(task="walker_run"), "e": Config(task="walker_run", method="cvrl", d_h=100)}
+    with pytest.raises(ValueError, match="d and e differ in d_h"):
+        evaluate.check_comparable(configs)
+    configs["e"] = Config(task="walker_run", name="again")
+    with pytest.raises(ValueError, match="d and e are both walker_run, mummi, seed 1"):
+        evaluate.check_comparable(configs)
+
+
+def test_the_table_says_how_long_runs_were_trained():
+    record = dict(task="toy", sensors="position", missing="None", method="mummi", returns=[1.0])
+    records = [dict(record, seed=1, steps=6_000), dict(record, seed=2, steps=4_800)]
+    assert "4,800 or 6,000 environment steps" in evaluate.markdown(evaluate.pool(records), {})
+
+
+def test_episodes_beyond_ten_are_those_of_the_references(monkeypatch, tmp_path):
+    """Twenty episodes, ten at a time, begin with the seeds that the random policy gets."""
+    given = []
+    monkeypatch.setattr(evaluate, "run_episodes", lambda agent, envs, seeds: given.extend(seeds) or (np.zeros(len(seeds)), []))
+    options = evaluate.Options(runs=("a",), episodes=12, rates=("None",))
+    records = evaluate.evaluate_run("a", Config(task="toy"), None, 0, options)
+    assert given == evaluate.seeds(options.seed, count=12) and len(records[0]["returns"]) == 12
+
+
+def test_experts_that_never_see_a_step_together_are_not_calibrated():
+    model = MSSM({"rgb": (64, 64, 3), "touch": (2,)}, action_size=2, d_f=8, channels=2)
+    step = {"rgb": np.zeros((1, 64, 64, 3), np.uint8), "touch": np.zeros((1, 2), np.float32), "present": np.array([[1, 0]])}
+    agent = SimpleNamespace(model=model, device=torch.device("cpu"))
+    assert evaluate.calibration(agent, [step] * 3, ("rgb", "touch")) is None
+    both = dict(step, present=np.array([[1, 1]]))
+    assert evaluate.calibration(agent, [step, both], ("rgb", "touch"))["steps"] == 1
 
 
 @pytest.mark.parametrize("remove", [("camera", "position"), ("nose",)])
