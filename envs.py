@@ -40,6 +40,7 @@ from gymnasium.vector.async_vector_env import _async_worker
 SIZE = 64  # pixels, height and width of every image
 IMAGE = Box(0, 255, (SIZE, SIZE, 3), np.uint8)
 MAX_DEPTH = 10.0  # metres, where depth is cut off
+MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # Debian's, Ubuntu's: OpenGL without a GPU
 MAX_SEGMENT = 14  # decisions, the longest missing segment  [code] config
 
 SUITE = {  # task: domain, task, size of the action, number of touch sensors
@@ -295,6 +296,11 @@ class ControlSuite:
         """Builds the simulator and its camera."""
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")
+            if Path(MESA).exists():
+                # A picture is a millisecond's work for a core. Eight processes that draw on one GPU hang with some
+                # drivers (github.com/google-deepmind/mujoco/issues/3444), and the learner needs it.
+                os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
+                os.environ.setdefault("LP_NUM_THREADS", "0")  # every environment has a process already
         try:
             from dm_control import mujoco, suite
         except AttributeError as error:  # PyOpenGL's way to say that it found no library

@@ -30,6 +30,8 @@ from functools import partial
 # once, a small one would take half as long again.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# cuBLAS reads this once, at its first product; without it no later run of the process could be --deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # To ask whether there is a GPU must not open it: worker processes are forked after that.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
@@ -57,8 +59,6 @@ BEHAVIOUR = ("units horizon discount return_lambda initial_std model_lr actor_lr
 
 def make_agent(config, observation_space, action_size):
     """The agent of a configuration, on its device. Seeds torch."""
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     fusion, heads, objective = METHODS[config.method]

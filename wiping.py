@@ -19,11 +19,13 @@ import logging
 import os
 import platform
 import sys
+from pathlib import Path
 
 import numpy as np
 from gymnasium.spaces import Box
 
 SIZE = 64  # pixels, height and width of every image
+MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # Debian's, Ubuntu's: OpenGL without a GPU
 CAMERAS = {"workspace": "agentview", "robot": "robot0_eye_in_hand"}  # modality: camera of robosuite
 INSTALL = "pip install -r requirements-wiping.txt"
 
@@ -59,6 +61,9 @@ class TableWiping:
         """Builds the simulator and its renderer."""
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")
+            if Path(MESA).exists():  # OpenGL without a GPU: why, `ControlSuite.load` of envs.py says
+                os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
+                os.environ.setdefault("LP_NUM_THREADS", "0")
         # robosuite warns of what Wipe does not use, at import, and of a joint limit, at every step.
         logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
         try:

@@ -498,7 +498,7 @@ def test_an_update_and_a_decision_never_wait_for_a_value(monkeypatch, method):
 
 def test_an_update_takes_few_operations():
     """Each is a kernel on a GPU. Without `unrolled` and `one_kernel` a step of the batch took 100, an imagined one 109."""
-    sizes = {"d_f": 16, "channels": 2, "batch_length": 5, "horizon": 3}
+    sizes = {"d_f": 16, "channels": 2, "batch_length": 5, "horizon": 3, "device": "cpu", "precision": "float32"}
     update, longer, further = (
         benchmark.count_operators(**sizes | more) for more in ({}, {"batch_length": 6}, {"horizon": 4})
     )

@@ -536,6 +536,25 @@ except RuntimeError as error:
     assert "libegl1" in result.stdout and "libosmesa6" in result.stdout, result.stderr
 
 
+@pytest.mark.skipif(not Path(envs.MESA).exists(), reason="no Mesa here")
+def test_pictures_are_drawn_without_a_gpu():
+    """Also where there is one."""
+    program = """
+import os
+for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "__EGL_VENDOR_LIBRARY_FILENAMES", "LP_NUM_THREADS"):
+    os.environ.pop(name, None)
+import envs
+env = envs.make_env("finger_spin")
+env.reset()
+from OpenGL import GL
+with env.world.environment.physics.contexts.gl.make_current() as gl:
+    print(gl.call(GL.glGetString, GL.GL_RENDERER).decode())
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=Path(envs.__file__).parent,
+                            capture_output=True, text=True)
+    assert "llvmpipe" in result.stdout, result.stderr
+
+
 # ---- 4. The toy world ----
 
 
