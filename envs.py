@@ -296,7 +296,7 @@ class ControlSuite:
         """Builds the simulator and its camera."""
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")
-            if Path(MESA).exists():
+            if Path(MESA).exists() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:  # nobody asked for a GPU's pictures
                 # A picture is a millisecond's work for a core. Eight processes that draw on one GPU hang with some
                 # drivers (github.com/google-deepmind/mujoco/issues/3444), and the learner needs it.
                 os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)

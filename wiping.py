@@ -61,7 +61,7 @@ class TableWiping:
         """Builds the simulator and its renderer."""
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")
-            if Path(MESA).exists():  # OpenGL without a GPU: why, `ControlSuite.load` of envs.py says
+            if Path(MESA).exists() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:  # why: `ControlSuite.load`, envs.py
                 os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
                 os.environ.setdefault("LP_NUM_THREADS", "0")
         # robosuite warns of what Wipe does not use, at import, and of a joint limit, at every step.

@@ -541,7 +541,8 @@ def test_pictures_are_drawn_without_a_gpu():
     """Also where there is one."""
     program = """
 import os
-for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "__EGL_VENDOR_LIBRARY_FILENAMES", "LP_NUM_THREADS"):
+for name in ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "__EGL_VENDOR_LIBRARY_FILENAMES",
+             "LP_NUM_THREADS"):
     os.environ.pop(name, None)
 import envs
 env = envs.make_env("finger_spin")
@@ -553,6 +554,21 @@ with env.world.environment.physics.contexts.gl.make_current() as gl:
     result = subprocess.run([sys.executable, "-c", program], cwd=Path(envs.__file__).parent,
                             capture_output=True, text=True)
     assert "llvmpipe" in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(not Path(envs.MESA).exists(), reason="no Mesa here")
+@pytest.mark.parametrize("device", [None, "0"])
+def test_a_gpu_is_asked_for_by_its_number(monkeypatch, device):
+    """Every vendor's EGL stays in sight then."""
+    for name in ("MUJOCO_EGL_DEVICE_ID", "__EGL_VENDOR_LIBRARY_FILENAMES"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    if device is not None:
+        monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
+    world = envs.make_env("finger_spin").world
+    world.load()
+    world.close()
+    assert ("__EGL_VENDOR_LIBRARY_FILENAMES" in os.environ) == (device is None)
 
 
 # ---- 4. The toy world ----

@@ -144,7 +144,7 @@ def test_a_sensor_alone_is_its_expert_alone():
 
 def test_the_elbo_learns_x_from_x_and_y_from_y():
     """In some seconds, in the world without pictures; seeds 0, 1, 2 gave 0.78 or more, and 0.04 or less."""
-    options = toy.Options(world="x_and_y", updates=250, seed=0)
+    options = toy.Options(world="x_and_y", updates=250, model_lr=2e-3, seed=0)
     model = toy.learn("ELBO", options, toy.random_motion("toy_xy", 30, 0.0, seed=1))
     fit, test = (toy.perceive(model, toy.random_motion("toy_xy", 10, 0.0, seed)) for seed in (2, 3))
     numbers = toy.measure(["x", "y"], fit, test)
@@ -195,6 +195,7 @@ def test_one_seed_gives_one_result(tiny, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--updates", "0"], "--updates 0"),
     (["--seed", "-1"], "--seed -1"),
+    (["--model-lr", "0"], "--model-lr 0.0"),
     (["--missing-rate", "1"], "missing_rate is 1.0; choose one in [0, 1)"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
