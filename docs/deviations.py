@@ -56,7 +56,7 @@ def effects(model, fit, test, sparse):
     }
 
 
-def row(seed, way):
+def run(seed, way):
     """What one seed learns in one way."""
     seeds = toy.seeds(seed, count=4)
     train = toy.random_motion("toy", toy.TRAIN_EPISODES, RATE, seeds[0])
@@ -74,8 +74,11 @@ def start_worker():
 
 def main():
     """Learn the toy world in every way with every seed; print the table and write it with all numbers."""
+    rows = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), start_worker) as pool:
-        rows = list(pool.map(row, *zip(*itertools.product(SEEDS, WAYS))))
+        for learnt in pool.map(run, *zip(*itertools.product(SEEDS, WAYS))):
+            rows.append(learnt)
+            print(learnt, file=sys.stderr)
     whats = list(rows[0])[2:]
     lines = ["| | " + " | ".join(whats) + " |", "|---" * (1 + len(whats)) + "|"]
     for way in WAYS:
