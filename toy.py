@@ -48,7 +48,7 @@ class Options:
     world: Literal["position_camera", "two_cameras", "x_and_y"] = "position_camera"  # Fig. 1, 19, 20
     missing_rate: float = 0.0  # of each sensor's data in training
     updates: int | None = None  # of each of the two models; by default 2,000, and 6,000 for x_and_y
-    model_lr: float = Config.model_lr  # Adam's, falling to zero; at 2e-3 MuMMI learns only one of x and y
+    model_lr: float = Config.model_lr  # Adam's, falling to zero; at 2e-3 MuMMI often learns only one of x and y
     seed: int = 1
     output: str = ""  # file name without suffix; by default results/toy_world/<world>
 

@@ -1,4 +1,4 @@
-"""What the README's deviations change, on the toy world: `python docs/deviations.py`, an hour and a half on a CPU core.
+"""What the README's deviations change, on the toy world: `python docs/deviations.py`, an hour on two CPU cores.
 
 MuMMI learns from random motion seen by a position sensor and a camera, 37.5 % missing, once as it is and once
 with each deviation's other side; three seeds, a process a core. Measured on motion that it has not seen. Writes
