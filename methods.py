@@ -1,100 +1,75 @@
-"""The five methods of Tables I and II: a fusion and an objective each, and nothing else differs.
+"""The five methods of Tables I and II, and the agent made of one of them: where the parts are wired together.
 
-An objective is a function of the model, of what it inferred from a batch (`mssm.Filtered`) and of the
-batch (`Agent.update`); it returns the loss of the world model and a dictionary of scalars to log. The
-configuration gives its weights (`config.Config`, group *Objective*).
+A method is a fusion, the heads that its objective trains besides the reward, and an objective; nothing else differs.
 
-Shapes: T steps, B sequences, N = T * B, M modalities.
+    agent = make_agent(config, envs.single_observation_space, action_size=2)
 """
 
-from mssm import normalise
-from mummi_loss import (elbo_loss, gaussian_kl, gaussian_log_prob, info_nce, log_density_ratio,
-                        log_inner_product, mean_over, mummi_loss, mutual_information)  # fmt: skip
+import os
 
-# ---- 1. What the objectives share ----------------------------------------------------------------
+import torch
 
+import fast
+from agent import Agent
+from mssm import MSSM, initialise
+from mummi_loss import Weights, cvrl, elbo, mummi, mummi_b
 
-def shared_terms(model, filtered, batch, config):
-    """What every objective has: latents (N, D_z), log p(r | z) (N,) with its weight, KL (N,) and metrics."""
-    latent = model.latent(filtered.h, filtered.s_c).flatten(0, 1)
-    predicted, reward = model.reward(latent), batch["reward"].flatten()
-    log_reward = config.reward_weight * gaussian_log_prob(reward, predicted)
-    kl = gaussian_kl(filtered.mean, filtered.std, filtered.prior_mean, filtered.prior_std).flatten()
-    error = (reward - predicted).square().mean() / reward.var(correction=0).clamp(min=1e-6)
-    return latent, log_reward, kl, {"kl": kl.mean(), "reward_error": error}
-
-
-def information(log_f, present, config):
-    """InfoNCE of every density ratio, Eq. (15), and the nats it shows, Eq. (12)."""
-    bounds = {name: info_nce(log_f[name], present[name], config.absent_logit) for name in log_f}
-    metrics = {f"information_{name}": mutual_information(bounds[name], present[name]) for name in log_f}
-    return bounds, metrics
-
-
-def fused_kl(model, filtered, config):
-    """The KL of s^f in Eq. (10) and (17), which the released code leaves out.  Dev. D6"""
-    if config.fused_kl_scale == 0 or filtered.fused.mean is None:
-        return 0.0
-    kl = gaussian_kl(filtered.fused.mean, filtered.fused.std, *model.fused_prior(filtered.s_c))
-    return config.fused_kl_scale * mean_over(kl, filtered.present.any(0))
-
-
-# ---- 2. Objectives -------------------------------------------------------------------------------
-
-
-def mummi(model, filtered, batch, config):
-    """Eq. (17): one density ratio a modality pulls every expert's mean to the shared code g(z)."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    code = model.code(latent)  # (N, D_f)
-    experts = dict(zip(model.modalities, filtered.fused.expert_mean.flatten(1, 2)))
-    present = dict(zip(model.modalities, filtered.present.flatten(1)))
-    log_f = {name: log_density_ratio(code, mean) for name, mean in experts.items()}
-    bounds, nats = information(log_f, present, config)
-    weights = {name: config.touch_weight if name == "touch" else 1.0 for name in bounds}
-    loss = mummi_loss(bounds, present, weights, log_reward, kl, config.free_nats, config.over_present)
-    return loss + fused_kl(model, filtered, config), metrics | nats
-
-
-def mummi_b(model, filtered, batch, config):
-    """Eq. (17) with f_b of section V: one density ratio, of the fused product's mean."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    present = {"fused": filtered.present.any(0).flatten()}
-    log_f = {"fused": log_density_ratio(model.code(latent), filtered.fused.mean.flatten(0, 1))}
-    bounds, nats = information(log_f, present, config)
-    loss = mummi_loss(bounds, present, {"fused": 1.0}, log_reward, kl, config.free_nats, config.over_present)
-    return loss + fused_kl(model, filtered, config), metrics | nats
-
-
-def cvrl(model, filtered, batch, config):
-    """[CVRL]: one contrastive bound between the latent and all features, zeros where missing."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    present = {"concatenated": filtered.present.any(0).flatten()}
-    features = model.project_x(filtered.fused.s_f.flatten(0, 1))
-    bounds, nats = information({"concatenated": log_inner_product(model.project_z(latent), features)}, present, config)
-    loss = mummi_loss(bounds, present, {"concatenated": 1.0}, log_reward, kl, config.free_nats, config.over_present)
-    return loss, metrics | nats
-
-
-def elbo(model, filtered, batch, config):
-    """Eq. (10): every modality that is present is reconstructed."""
-    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, config)
-    decoded = model.decode(latent.unflatten(0, filtered.h.shape[:2]))
-    present = dict(zip(model.modalities, filtered.present.flatten(1)))
-    log_likelihoods = {}
-    for name, mean in decoded.items():
-        x = normalise(batch["observation"][name])
-        log_likelihoods[name] = gaussian_log_prob(x, mean, event_dims=x.ndim - 2).flatten()
-        metrics[f"reconstruction_{name}"] = mean_over(log_likelihoods[name], present[name])
-    loss = elbo_loss(log_likelihoods, present, log_reward, kl, config.free_nats)
-    return loss + fused_kl(model, filtered, config), metrics
-
-
-# ---- 3. Methods ----------------------------------------------------------------------------------
-
-METHODS = {  # method: fusion, what its objective trains besides the reward, objective
-    "mummi": ("product", "code", mummi),
-    "mummi_b": ("product", "code", mummi_b),
+METHODS = {  # method: fusion, heads, objective
+    "mummi": ("product", "g", mummi),
+    "mummi_b": ("product", "g", mummi_b),
     "mssm_e": ("product", "decoders", elbo),
-    "cvrl": ("concatenate", "contrastive", cvrl),
+    "cvrl": ("concatenate", "projections", cvrl),
     "dreamer": ("concatenate", "decoders", elbo),
 }
+MODEL = "d_h d_c d_f hidden units channels sample_s_f prior_if_unobserved expert_power".split()
+BEHAVIOUR = ("units horizon discount return_lambda initial_std model_lr actor_lr critic_lr clip mpc_rate "
+             "mpc_iterations exploration").split()  # fmt: skip
+
+
+def make_agent(config, observation_space, action_size):
+    """The agent of a configuration (`config.Config`), on its device. Seeds torch.
+
+    Raises ValueError where the device is not there.
+    """
+    device = choose_device(config.device)
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.manual_seed(config.seed)
+    if config.fast:  # the losses of MuMMI-b read the fused mean, which is float32
+        fast.prepare(device, bfloat16, config.method == "mummi_b", config.deterministic)
+    fusion, heads, objective = METHODS[config.method]
+    modalities = {name: space.shape for name, space in observation_space.items() if name != "present"}
+    continuation = config.continuation == "on"
+    model = (fast.FastMSSM if config.fast else MSSM)(
+        modalities, action_size, fusion, heads, continuation=continuation,
+        fused_prior=fusion == "product" and config.fused_kl_scale > 0,
+        **{name: getattr(config, name) for name in MODEL},
+    )  # fmt: skip
+    lambdas = {name: float(value) for name, value in (pair.split("=") for pair in config.weights)}
+    weights = Weights(lambdas, config.reward_weight, config.free_nats, config.fused_kl_scale, config.absent_logit,
+                      config.over_present)  # fmt: skip
+    options = {name: getattr(config, name) for name in BEHAVIOUR}
+    options |= dict(continuation=continuation, sample_in_evaluation=config.act_by == "sample", device=device)
+
+    def loss(model, filtered, batch):
+        return objective(model, filtered, batch, weights)
+
+    if config.fast:
+        agent = fast.FastAgent(model, loss, action_size, bfloat16=bfloat16, **options)
+    else:
+        agent = Agent(model, loss, action_size, **options)
+    initialise(agent.actor)
+    initialise(agent.critic)
+    return agent
+
+
+def choose_device(name):
+    """The device of `--device`: auto, or what torch calls it. Raises ValueError where it is not there."""
+    # To ask whether there is a GPU must not open it: worker processes are forked after that.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in (*known, "cuda") or (name == "cuda" and len(known) == 1):
+        raise ValueError(f"--device {name} is not here: give auto or one of {', '.join(known)}")
+    return torch.device(name)

@@ -5,12 +5,12 @@ Holds Eq. (6)-(9), the generative model, and Eq. (11), the inference network, of
 (Fig. 7-11) and, for the baselines, of Appendix C (Fig. 14-18).
 
 symbol  name here     meaning                                                       size
-x^m_t   observation   modality m: uint8 image, float image (metres) or float vector
+x^m_t   observation   modality m: colour image, depth image or vector
 a_t-1   action        the action that led to x_t                                    A
 h_t     h             deterministic state, GRU                                      D_h = 200
 s^c_t   s_c           combined stochastic state                                     D_c = 30
-s^f_t   s_f           fused code of the observations at t, product of experts       D_f = 1024
-z_t     latent        [s_c, h], what every head reads, Eq. (7), (8)                  D_z = 230
+s^f_t   s_f           fused observation at t, from the product of experts           D_f = 1024
+z_t     latent        [s_c, h], what every head reads, Eq. (7), (8)                 D_z = 230
 
 Shapes: T steps, B sequences, M modalities, A action size, D_x features of one encoder. Time first.
 
@@ -20,8 +20,6 @@ Shapes: T steps, B sequences, M modalities, A action size, D_x features of one e
     reward = model.reward(latent)                                             # (T, B)
 """
 
-from contextlib import contextmanager
-from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -40,14 +38,14 @@ class State(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """One code a step from M modalities. Concatenation has no experts and no product: None."""
+    """All modalities of a step as one; concatenation has neither experts nor product."""
 
     s_f: torch.Tensor  # (..., D_f), or (..., M * D_x) when concatenated
-    observed: torch.Tensor  # (...)  False where the posterior has nothing to go on but the prior
+    observed: torch.Tensor  # (...)  False where the posterior is the prior
     mean: torch.Tensor | None = None  # (..., D_f)  product of experts
     std: torch.Tensor | None = None  # (..., D_f)
-    expert_mean: torch.Tensor | None = None  # (M, ..., D_f)  mu^m(x^m)
-    expert_std: torch.Tensor | None = None  # (M, ..., D_f)
+    expert_mean: torch.Tensor | None = None  # (..., M, D_f)  mu^m(x^m)
+    expert_std: torch.Tensor | None = None  # (..., M, D_f)
 
 
 class Filtered(NamedTuple):
@@ -60,67 +58,29 @@ class Filtered(NamedTuple):
     prior_mean: torch.Tensor  # (T, B, D_c)  p(s^c | h)
     prior_std: torch.Tensor  # (T, B, D_c)
     fused: Fused
-    present: torch.Tensor  # (M, T, B)  bool
+    present: torch.Tensor  # (T, B, M)  bool
 
 
 # ---- 1. Gaussians and small networks -------------------------------------------------------------
 
 
-def one_kernel(function):
-    """The function itself; on a GPU, compiled: its elementwise steps run as one kernel."""
-
-    @cache  # when it is first asked for
-    def compiled():
-        torch._dynamo.config.recompile_limit = 256  # a variant for each shape, type and gradient mode
-        return torch.compile(function, dynamic=False)
-
-    @wraps(function)
-    def call(*inputs, **options):
-        on_gpu = any(torch.is_tensor(x) and x.is_cuda for x in (*inputs, *options.values()))
-        return (compiled() if on_gpu and not torch.compiler.is_compiling() else function)(*inputs, **options)
-
-    return call
-
-
-@one_kernel
 def gaussian(parameters):
-    """Mean and standard deviation from a network's output, in float32 whatever the autocast type.
-
-    parameters  (..., 2 D)
-    returns     mean (..., D), std (..., D) = softplus + 0.1
-    """
+    """Mean, and std = softplus + 0.1, from a network's output, float32. (..., 2 D) -> mean (..., D), std (..., D)"""
     mean, raw_std = parameters.float().chunk(2, -1)
     return mean, F.softplus(raw_std) + MIN_STD
 
 
-def sample(mean, std):
-    """Reparameterised sample of N(mean, std^2), all (..., D)."""
-    return mean + std * torch.randn_like(std)
-
-
-def sample_from(parameters):
-    """Sample of the Gaussian of `gaussian(parameters)`. (..., 2 D) -> (..., D)"""
-    return shift(parameters, torch.randn_like(parameters.chunk(2, -1)[0], dtype=torch.float32))
-
-
-@one_kernel
-def shift(parameters, noise):
-    """mean + std * noise of `gaussian(parameters)`. (..., 2 D), (..., D) -> (..., D)"""
+def sample(parameters, noise):
+    """Reparameterised sample of `gaussian(parameters)` by standard normal noise. (..., 2 D), (..., D) -> (..., D)"""
     mean, std = gaussian(parameters)
     return mean + std * noise
 
 
-@one_kernel
-def elu_of_sum(a, b):
-    """ELU of a layer whose input came in two halves, and each was multiplied for itself. (..., D) -> (..., D)"""
-    return F.elu(a + b)
-
-
-def mlp(sizes, activation, output_activation=False, linear=nn.Linear):
+def mlp(sizes, activation, output_activation=False):
     """Linear layers of the given sizes with `activation` between them (and, if asked, at the end)."""
     layers = []
     for size_in, size_out in zip(sizes, sizes[1:]):
-        layers += [linear(size_in, size_out), activation()]
+        layers += [nn.Linear(size_in, size_out), activation()]
     return nn.Sequential(*(layers if output_activation else layers[:-1]))
 
 
@@ -135,141 +95,23 @@ def initialise(module):
             nn.init.xavier_uniform_(parameter)
 
 
-# ---- 2. Layers inside a recurrence ----------------------------------------------------------------
+# ---- 2. Observations: encoders (Fig. 8, 9, 14, 15) and decoders (Fig. 16-18) ---------------------
 
 
-class StepLinear(nn.Linear):
-    """nn.Linear for the inside of a loop over time: fewer products, as `unrolled` says."""
+def scale(x, present, mean, std):
+    """Scale one modality to what encoders read and decoders predict; where absent, x is not read.
 
-    shared = None  # inside `unrolled`: what computes this layer, and those that read the same
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias) if self.shared is None else self.shared(x)[self]
-
-
-@contextmanager
-def unrolled(groups):
-    """While it lasts, the `StepLinear`s of the groups belong to one loop over time.
-
-    groups  lists of layers; those of one list read the same tensors: one product a step for all of them
-
-    Plain autograd multiplies two small matrices a step and layer for the gradient of the weight, and adds
-    up the results. Here a layer remembers what went in and, on the way back, what came back at each step;
-    when the first step has been reached, one large product gives the same sum.
-    """
-    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    groups = () if plain else groups
-    for layers in groups:
-        steps = Steps(layers)
-        for layer in layers:
-            layer.shared = steps
-    try:
-        yield
-    finally:
-        for layers in groups:
-            for layer in layers:
-                layer.shared = None
-
-
-class Steps:
-    """The steps of layers that read the same tensors; see `unrolled`."""
-
-    def __init__(self, layers):
-        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
-        self.x, self.y, self.passed = None, {}, {}  # passed: {backward pass: [(x, gradient) of each step]}
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        self.weight, self.bias = Parameters.apply(weight, bias, self.passed, dtype)
-
-    def __call__(self, x):
-        """What each layer makes of x. (B, D) -> {layer: (B, D)}"""
-        if x is not self.x:
-            y = Step.apply(x, self.weight, self.bias, self.passed)
-            self.x, self.y = x, dict(zip(self.layers, y.split(self.sizes, -1) if len(self.sizes) > 1 else [y]))
-        return self.y
-
-
-class Step(torch.autograd.Function):
-    """One step's F.linear(x, weight, bias), which leaves the parameters' gradients to `Parameters`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, passed):
-        x = x.to(weight.dtype)
-        ctx.save_for_backward(x, weight)
-        ctx.passed = passed
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        steps = ctx.passed.setdefault(torch._C._current_graph_task_id(), [])  # this backward pass's own
-        steps.append((x.detach(), gradient))  # with its graph, x would keep this node, and itself, alive
-        return gradient @ weight, None, None, None
-
-
-class Parameters(torch.autograd.Function):
-    """Weight and bias as all steps see them. Its backward pass comes after that of every step."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, passed, dtype):
-        ctx.set_materialize_grads(False)
-        ctx.passed = passed
-        return weight.to(dtype), bias.to(dtype)
-
-    @staticmethod
-    def backward(ctx, *_):
-        steps = ctx.passed[torch._C._current_graph_task_id()]
-        x, gradient = (torch.cat(side) for side in zip(*steps))  # (T * B, D)
-        ctx.passed.clear()
-        return gradient.T @ x, gradient.sum(0), None, None
-
-
-@one_kernel
-def gru(from_x, from_h, h):
-    """The gated recurrent unit, from the projections of its input and of its state.
-
-    from_x, from_h  (..., 3 D_h)  of the reset gate, the update gate and the candidate
-    h, returns      (..., D_h)  in float32, whatever the autocast type
-    """
-    x_reset, x_update, x_candidate = from_x.to(h.dtype).chunk(3, -1)
-    h_reset, h_update, h_candidate = from_h.to(h.dtype).chunk(3, -1)
-    reset, update = torch.sigmoid(x_reset + h_reset), torch.sigmoid(x_update + h_update)
-    candidate = torch.tanh(x_candidate + reset * h_candidate)
-    return torch.lerp(candidate, h, update)
-
-
-@one_kernel
-def observed_or_prior(posterior, prior, observed, noise):
-    """The posterior, which is the prior where nothing was observed (Dev. D3), and a sample of it.
-
-    posterior, prior  (B, 2 D_c)  to be read by `gaussian`
-    observed          (B,)
-    noise             (B, D_c)  standard normal
-    returns           mean (B, D_c), std (B, D_c), s_c (B, D_c)
-    """
-    observed = observed.unsqueeze(-1)
-    mean, std = (torch.where(observed, q, p) for q, p in zip(gaussian(posterior), gaussian(prior)))
-    return mean, std, mean + std * noise
-
-
-# ---- 3. Observations: encoders (Fig. 8, 9, 14, 15) and decoders (Fig. 16-18) ---------------------
-
-
-@one_kernel
-def normalise(x):
-    """What encoders read and decoders predict, as float32; the first axes are (T, B) or (N,).
-
-    uint8 image  (..., 64, 64, C) -> [-0.5, 0.5]
-    float image  (..., 64, 64, C) in metres -> clipped at 10 m, [-0.5, 0.5].  Dev. D9
-    vector       (..., D) -> unchanged (touch arrives as log(1 + newtons), Dev. D10)
+    x        uint8 (..., 64, 64, C): a colour image, to [-0.5, 0.5]
+             float (..., 64, 64, 1): metres, clipped at 10 and scaled to [-0.5, 0.5].  Dev. D9
+             float (..., D): a vector, to (x - mean) / std (touch arrives as log(1 + newtons), Dev. D10)
+    present  (...)  bool
+    returns  float32, in the shape of x
     """
     if x.dtype == torch.uint8:
         return x.float() / 255 - 0.5
-    if x.ndim >= 4:
-        return x.float().clamp(0, MAX_DEPTH) / MAX_DEPTH - 0.5
-    return x.float()
+    axes = x.ndim - present.ndim
+    x = torch.where(present[(...,) + (None,) * axes], x.float(), 0)  # absent values may be NaN
+    return x.clamp(0, MAX_DEPTH) / MAX_DEPTH - 0.5 if axes == 3 else (x - mean) / std
 
 
 def image_encoder(shape, channels):
@@ -304,23 +146,58 @@ def vector_decoder(shape, channels, d_z):
     return mlp([d_z, 4 * channels, 4 * channels, shape[0]], nn.ReLU)
 
 
-# ---- 4. Fusion, Eq. (11) -------------------------------------------------------------------------
+# ---- 3. Fusion, Eq. (11) -------------------------------------------------------------------------
 
 
-@one_kernel
 def product_of_experts(mean, std, present, power=2):
     """Eq. (11): the product of the Gaussians q(s^f | x^m) of the modalities that are present.
 
-    mean, std  (M, ..., D)  one expert a modality
-    present    (M, ...)     bool; the expert of an absent modality is dropped
+    mean, std  (..., M, D)  one expert a modality
+    present    (..., M)     bool; the expert of an absent modality is dropped
     power      2 weighs an expert by its precision 1/std^2; [code] by 1/std, and adds 0.01 to their sum.  Dev. D1
     returns    mean (..., D), std (..., D); mean 0, std 1 where the product is empty
     """
     precision = std.reciprocal() if power == 1 else std.reciprocal().square()
-    precision = precision * present.unsqueeze(-1)  # (M, ..., D)
-    total = precision.sum(0)  # (..., D)
-    total = torch.where(present.any(0).unsqueeze(-1), total, 1.0)
-    return (precision * mean).sum(0) / total, total.reciprocal() if power == 1 else total.rsqrt()
+    precision = precision * present.unsqueeze(-1)  # (..., M, D)
+    total = precision.sum(-2)  # (..., D)
+    total = torch.where(present.any(-1, keepdim=True), total, 1.0)
+    return (precision * mean).sum(-2) / total, total.reciprocal() if power == 1 else total.rsqrt()
+
+
+# ---- 4. One step of the recurrence, Eq. (9), (11) ------------------------------------------------
+
+
+def gru(from_x, from_h, h):
+    """The gated recurrent unit, from the projections of its input and of its state.
+
+    from_x, from_h  (..., 3 D_h)  of the reset gate, the update gate and the candidate
+    h, returns      (..., D_h)  float32
+    """
+    x_reset, x_update, x_candidate = from_x.to(h.dtype).chunk(3, -1)
+    h_reset, h_update, h_candidate = from_h.to(h.dtype).chunk(3, -1)
+    reset, update = torch.sigmoid(x_reset + h_reset), torch.sigmoid(x_update + h_update)
+    candidate = torch.tanh(x_candidate + reset * h_candidate)
+    return torch.lerp(candidate, h, update)
+
+
+def add_elu(a, b):
+    """The ELU of a layer whose two products were taken separately. (..., D), (..., D) -> (..., D)"""
+    return F.elu(a + b)
+
+
+def posterior_or_prior(posterior, prior, observed, noise):
+    """The posterior, which is the prior where nothing was observed (Dev. D3), and a sample of it.
+
+    posterior, prior  (B, 2 D_c)  outputs of their networks
+    observed          (B,)
+    noise             (B, D_c)  standard normal
+    returns           s_c (B, D_c), mean (B, D_c), std (B, D_c), prior_mean (B, D_c), prior_std (B, D_c)
+    """
+    prior_mean, prior_std = gaussian(prior)
+    mean, std = gaussian(posterior)
+    observed = observed.unsqueeze(-1)
+    mean, std = torch.where(observed, mean, prior_mean), torch.where(observed, std, prior_std)
+    return mean + std * noise, mean, std, prior_mean, prior_std
 
 
 # ---- 5. The model --------------------------------------------------------------------------------
@@ -329,67 +206,61 @@ def product_of_experts(mean, std, present, power=2):
 class MSSM(nn.Module):
     """The generative model of Eq. (6) and its inference network, Eq. (11): Fig. 2.
 
-    modalities   {name: shape}; (64, 64, C) is an image, (D,) a vector. Their order is that of
-                 `present` everywhere.
-    action_size  A
-    fusion       "product" (product of experts) or "concatenate" (the baselines, Appendix C)
-    heads        what the objective trains besides the reward, and nothing else is built:
-                 "code" (g of Eq. (16)), "decoders" (Eq. (10)) or "contrastive" (CVRL)
-    fused_prior  also build p(s^f | s^c) of Eq. (9).  Dev. D6
+    modalities    {name: shape}; (64, 64, C) is an image, (D,) a vector. Their order is that of
+                  `present` everywhere.
+    action_size   A
+    fusion        "product" (product of experts) or "concatenate" (the baselines, Appendix C)
+    heads         what the objective trains besides the reward, and nothing else is built:
+                  "g" (of Eq. (16)), "decoders" (Eq. (10)) or "projections" (CVRL)
+    fused_prior   also build p(s^f | s^c) of Eq. (9).  Dev. D6
+    continuation  also build the probability that the episode goes on, [Dreamer].  Dev. D22
     Raises ValueError on an image that is not 64x64, an unknown fusion, unknown heads.
     """
 
-    def __init__(self, modalities, action_size, fusion="product", heads="code", d_h=200, d_c=30,
-                 d_f=1024, hidden=200, units=400, channels=32, fused_prior=False,
+    def __init__(self, modalities, action_size, fusion="product", heads="g", d_h=200, d_c=30,
+                 d_f=1024, hidden=200, units=400, channels=32, fused_prior=False, continuation=False,
                  sample_s_f=True, prior_if_unobserved=True, expert_power=2):  # fmt: skip
         super().__init__()
         check_modalities(modalities)
-        if fusion not in ("product", "concatenate"):
-            raise ValueError(f"fusion {fusion!r} is unknown: choose 'product' or 'concatenate'")
-        if heads not in ("code", "decoders", "contrastive"):
-            raise ValueError(f"heads {heads!r} are unknown: choose 'code', 'decoders' or 'contrastive'")
+        if fusion not in ("product", "concatenate") or heads not in ("g", "decoders", "projections"):
+            raise ValueError(f"fusion {fusion!r}, heads {heads!r}: choose 'product' or 'concatenate', and 'g', "
+                             "'decoders' or 'projections'")  # fmt: skip
         self.modalities, self.fusion = dict(modalities), fusion
-        self.d_h, self.d_c, self.d_f = d_h, d_c, d_f
-        self.sample_s_f, self.expert_power = sample_s_f, expert_power
-        self.prior_if_unobserved = prior_if_unobserved
+        self.d_h, self.d_c = d_h, d_c
+        self.sample_s_f, self.prior_if_unobserved, self.expert_power = sample_s_f, prior_if_unobserved, expert_power
+        shapes = list(modalities.values())
         d_x, d_z = 32 * channels, d_c + d_h
-        d_code = d_f if fusion == "product" else d_x * len(modalities)  # size of s_f
+        self.d_s_f = d_f if fusion == "product" else d_x * len(shapes)  # size of s_f
 
-        # Inference network, Eq. (11)
-        self.encoders = nn.ModuleDict({
-            name: (image_encoder if len(shape) == 3 else vector_encoder)(shape, channels)
-            for name, shape in modalities.items()
-        })  # fmt: skip
+        # Inference network, Eq. (11); lists are in the order of the modalities
+        for m, shape in enumerate(shapes):  # of a vector, to be scaled by
+            self.register_buffer(f"mean_{m}", torch.zeros(shape[-1]))
+            self.register_buffer(f"std_{m}", torch.ones(shape[-1]))
+        encoder, decoder = {1: vector_encoder, 3: image_encoder}, {1: vector_decoder, 3: image_decoder}
+        self.encoders = nn.ModuleList(encoder[len(shape)](shape, channels) for shape in shapes)
         if fusion == "product":  # Fig. 10
-            self.experts = nn.ModuleDict({name: mlp([d_x, d_x, 2 * d_f], nn.ReLU) for name in modalities})
-        self.posterior_s_f = nn.Linear(d_code, hidden, bias=False)  # Fig. 11: [s^f, h] -> 200, in two halves,
-        self.posterior_h = StepLinear(d_h, hidden)  # as only h waits for the recurrence
-        self.posterior_out = StepLinear(hidden, 2 * d_c)
+            self.experts = nn.ModuleList(mlp([d_x, d_x, 2 * d_f], nn.ReLU) for _ in shapes)
+        self.posterior_net = mlp([self.d_s_f + d_h, hidden, 2 * d_c], nn.ELU)  # Fig. 11
 
         # Transition, Eq. (9), and reward, Eq. (8)
-        self.transition_in = StepLinear(d_c + action_size, hidden)
-        self.gru_x, self.gru_h = StepLinear(hidden, 3 * d_h), StepLinear(d_h, 3 * d_h)
-        self.prior_net = mlp([d_h, hidden, 2 * d_c], nn.ELU, linear=StepLinear)  # Fig. 7
+        self.transition_in = nn.Linear(d_c + action_size, hidden)
+        self.gru_x, self.gru_h = nn.Linear(hidden, 3 * d_h), nn.Linear(d_h, 3 * d_h)
+        self.prior_net = mlp([d_h, hidden, 2 * d_c], nn.ELU)  # Fig. 7
         self.reward_net = mlp([d_z, units, units, 1], nn.ELU)
         if fused_prior:
             self.fused_prior_net = mlp([d_c, hidden, 2 * d_f], nn.ELU)
+        if continuation:
+            self.continuation_net = mlp([d_z, units, units, 1], nn.ELU)
 
-        # What only one objective trains
-        if heads == "code":  # g of Eq. (16)
-            self.code = mlp([d_z, d_f], nn.ReLU, output_activation=True)
+        if heads == "g":  # Eq. (16)
+            self.g = mlp([d_z, d_f], nn.ReLU, output_activation=True)
         elif heads == "decoders":  # Eq. (7)
-            self.decoders = nn.ModuleDict({
-                name: (image_decoder if len(shape) == 3 else vector_decoder)(shape, channels, d_z)
-                for name, shape in modalities.items()
-            })  # fmt: skip
-        else:  # [CVRL] features and latents meet in an inner product
-            self.project_x = mlp([d_code, units, hidden], nn.ELU, output_activation=True)
+            self.decoders = nn.ModuleList(decoder[len(shape)](shape, channels, d_z) for shape in shapes)
+        else:  # [CVRL]: features and latents meet in an inner product
+            self.project_x = mlp([self.d_s_f, units, hidden], nn.ELU, output_activation=True)
             self.project_z = mlp([d_z, hidden, hidden], nn.ELU, output_activation=True)
 
         initialise(self)
-        glorot = (6 / (d_code + d_h + hidden)) ** 0.5  # of the posterior's whole first layer, not of its halves
-        for half in (self.posterior_s_f, self.posterior_h):
-            nn.init.uniform_(half.weight, -glorot, glorot)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # images arrive as (N, 64, 64, C)
 
     # -- generative model --
@@ -410,7 +281,7 @@ class MSSM(nn.Module):
     def imagine_step(self, state, action):
         """Eq. (4): one step of the dynamics without an observation. (N, D), (N, A) -> State."""
         h = self.transition(state, action)
-        return State(h, sample_from(self.prior(h)))
+        return State(h, sample(self.prior(h), torch.randn_like(state.s_c)))
 
     def latent(self, h, s_c):
         """What every head reads, Eq. (7), (8): (..., D_h), (..., D_c) -> (..., D_z)."""
@@ -420,14 +291,13 @@ class MSSM(nn.Module):
         """Eq. (8): mean of p(r | s^c, h), unit variance. (..., D_z) -> (...)"""
         return self.reward_net(latent).squeeze(-1).float()
 
-    @torch.compiler.disable  # Inductor takes the gradient of a kernel over 1x1 pixels for channels-last, and fails
-    def decode(self, latent):
-        """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, in the scale of `normalise`.
+    def continuation(self, latent):
+        """Log odds that the episode goes on, [Dreamer].  Dev. D22. (..., D_z) -> (...)"""
+        return self.continuation_net(latent).squeeze(-1).float()
 
-        latent  (T, B, D_z) -> (T, B, 64, 64, C) or (T, B, D)
-        """
-        flat = latent.flatten(0, 1)
-        means = {name: decoder(flat) for name, decoder in self.decoders.items()}
+    def decode(self, latent):
+        """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, as `scale` scales. (T, B, D_z) -> (T, B, ...)"""
+        means = {name: decoder(latent.flatten(0, 1)) for name, decoder in zip(self.modalities, self.decoders)}
         means = {k: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for k, x in means.items()}
         return {k: x.unflatten(0, latent.shape[:2]).float() for k, x in means.items()}
 
@@ -439,107 +309,112 @@ class MSSM(nn.Module):
 
     def initial_state(self, batch_size, device=None):
         """Zeros: how every sequence and every episode starts."""
-        return State(
-            torch.zeros(batch_size, self.d_h, device=device),
-            torch.zeros(batch_size, self.d_c, device=device),
-        )
+        return State(*(torch.zeros(batch_size, size, device=device) for size in (self.d_h, self.d_c)))
 
-    def encode(self, observation):
-        """Features of every modality. {name: (T, B, ...)} -> (M, T, B, D_x)"""
+    def scale(self, observation, present):
+        """What encoders read and decoders predict: {name: (T, B, ...)} -> {name: (T, B, ...)}; see `scale`."""
+        return {
+            name: scale(observation[name], present[..., m], getattr(self, f"mean_{m}"), getattr(self, f"std_{m}"))
+            for m, name in enumerate(self.modalities)
+        }
+
+    def encode(self, observation, present):
+        """Features of every modality. {name: (T, B, ...)}, (T, B, M) -> M of (T, B, D_x)"""
         features = []
-        for name, encoder in self.encoders.items():
-            T, B = observation[name].shape[:2]
-            x = normalise(observation[name].flatten(0, 1))  # (N, ...)
-            if x.ndim == 4:  # (N, 64, 64, C) seen as (N, C, 64, 64): no copy, channels stay last
-                x = x.permute(0, 3, 1, 2)
-            features.append(encoder(x).unflatten(0, (T, B)))
-        return torch.stack(features)
+        for x, encoder in zip(self.scale(observation, present).values(), self.encoders):
+            if x.ndim == 5:  # (T, B, 64, 64, C) seen as (T, B, C, 64, 64): no copy, channels stay last
+                x = x.permute(0, 1, 4, 2, 3)
+            features.append(encoder(x.flatten(0, 1)).unflatten(0, present.shape[:2]))
+        return features
 
     def fuse(self, features, present):
-        """Eq. (11): one code from the modalities that are present; the baselines' from all.
-
-        features  (M, ..., D_x)
-        present   (M, ...)  bool
-        """
-        if self.fusion == "concatenate":  # Appendix C: zeros where missing
-            s_f = torch.cat(list(features * present.unsqueeze(-1)), -1)
-            return Fused(s_f, torch.ones_like(present[0]))
-        experts = torch.stack([net(x) for net, x in zip(self.experts.values(), features)])
-        expert_mean, expert_std = gaussian(experts)  # (M, ..., D_f)
+        """Eq. (11): s^f from the modalities that are present. M features (..., D_x), present (..., M) -> Fused"""
+        if self.fusion == "concatenate":  # Appendix C: zeros where missing.  Dev. D23
+            s_f = torch.cat([x * present[..., m, None] for m, x in enumerate(features)], -1)
+            return Fused(s_f, torch.ones_like(present[..., 0]))
+        experts = torch.stack([net(x) for net, x in zip(self.experts, features)], -2)
+        expert_mean, expert_std = gaussian(experts)  # (..., M, D_f)
         mean, std = product_of_experts(expert_mean, expert_std, present, self.expert_power)
-        s_f = sample(mean, std) if self.sample_s_f else mean  # Dev. D2
-        observed = present.any(0)
-        if not self.prior_if_unobserved:  # Dev. D3, [code]: the code 0 instead of the prior
+        s_f = mean + std * torch.randn_like(std) if self.sample_s_f else mean  # Dev. D2
+        observed = present.any(-1)
+        if not self.prior_if_unobserved:  # Dev. D3, [code]: s^f = 0 instead of the prior
             s_f, observed = s_f * observed.unsqueeze(-1), torch.ones_like(observed)
         return Fused(s_f, observed, mean, std, expert_mean, expert_std)
 
-    def posterior(self, from_s_f, observed, h, noise):
-        """Eq. (11): q(s^c | s^f, h) at one step, a sample of it, and the prior that it starts from.
+    def expert_shares(self, fused, present):
+        """Each expert's part of the product's precision, 0 where absent. Fused, present (..., M) -> (..., M)"""
+        precision = fused.expert_std.pow(-self.expert_power).mean(-1) * present
+        return precision / precision.sum(-1, keepdim=True).clamp(min=1e-9)
 
-        from_s_f  (B, hidden)  the half of the first layer that reads s^f
-        observed  (B,)  False: the product is empty, and the posterior *is* the prior
-        h         (B, D_h)
-        noise     (B, D_c)  standard normal
-        returns   mean (B, D_c), std (B, D_c), s_c (B, D_c), and the prior (B, 2 D_c), to be read by `gaussian`
-        """
-        prior = self.prior(h)
-        posterior = self.posterior_out(elu_of_sum(from_s_f, self.posterior_h(h)))
-        return *observed_or_prior(posterior, prior, observed, noise), prior
+    def posterior(self, from_s_f, h):
+        """Eq. (11), Fig. 11: q(s^c | s^f, h), the product with s^f given. (..., hidden), (..., D_h) -> (..., 2 D_c)"""
+        return self.posterior_net[2](add_elu(from_s_f, self.posterior_from_h(h)))
+
+    def posterior_from_h(self, h):
+        """The columns of Fig. 11's first layer that read h. (..., D_h) -> (..., hidden)"""
+        layer = self.posterior_net[0]
+        return F.linear(h, layer.weight[:, self.d_s_f :], layer.bias)
 
     def observe(self, observation, present, action, state=None):
         """Eq. (11): filter sequences of observations into posteriors over s^c.
 
-        observation  {name: (T, B, ...)}  zero-filled where absent
+        observation  {name: (T, B, ...)}  of the types in `scale`; not read where absent
         present      (T, B, M)  bool or 0/1, in the order of the modalities
         action       (T, B, A)  action[t] led to observation[t]
         state        State before the first step, (B, D); zeros if None
         returns      Filtered
-
-        Everything that does not depend on the recurrence is computed for all T at once.
+        Raises ValueError where a modality or `present` has another shape or type.
         """
-        present = present.movedim(-1, 0).bool()  # (M, T, B)
-        fused = self.fuse(self.encode(observation), present)
-        from_s_f = self.posterior_s_f(fused.s_f)  # (T, B, hidden)
+        check_observation(observation, present, self.modalities)
+        present = present.bool()  # what does not depend on the recurrence is computed for all T at once
+        fused = self.fuse(self.encode(observation, present), present)
+        # Fig. 11's first layer reads [s^f, h], but only h waits for the recurrence.
+        from_s_f = F.linear(fused.s_f, self.posterior_net[0].weight[:, : self.d_s_f])  # (T, B, hidden)
         noise = torch.randn(*action.shape[:2], self.d_c, device=action.device)
 
-        if state is None:
-            state = self.initial_state(action.shape[1], action.device)
+        state = state or self.initial_state(action.shape[1], action.device)
         steps = []
-        with unrolled([[self.gru_h, self.prior_net[0], self.posterior_h], [self.transition_in], [self.gru_x],
-                       [self.prior_net[2]], [self.posterior_out]]):  # fmt: skip
-            for action_t, from_s_f_t, observed_t, noise_t in zip(action, from_s_f, fused.observed, noise):
-                h = self.transition(state, action_t)
-                mean, std, s_c, prior = self.posterior(from_s_f_t, observed_t, h, noise_t)
-                state = State(h, s_c)
-                steps.append((h, s_c, mean, std, prior))
-        h, s_c, mean, std, prior = (torch.stack(x) for x in zip(*steps))
-        return Filtered(h, s_c, mean, std, *gaussian(prior), fused, present)  # type: ignore[call-arg]
+        for t in range(len(action)):
+            h = self.transition(state, action[t])
+            inferred = posterior_or_prior(self.posterior(from_s_f[t], h), self.prior(h), fused.observed[t], noise[t])
+            state = State(h, inferred[0])
+            steps.append((h, *inferred))
+        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore[call-arg]
+
+
+# ---- 6. What can be modelled ---------------------------------------------------------------------
 
 
 def check_modalities(modalities):
     """Raises ValueError, saying which modality has a shape that no encoder is made for."""
-    if not modalities:
-        raise ValueError("no modality was given: give at least one {name: shape}")
-    for name, shape in modalities.items():
-        if not (len(shape) == 1 or (len(shape) == 3 and tuple(shape[:2]) == (64, 64))):
+    for name, shape in (modalities or {"none": ()}).items():
+        if len(shape) != 1 and (len(shape) != 3 or tuple(shape[:2]) != (64, 64)):
             raise ValueError(f"modality {name!r} has shape {tuple(shape)}: give (64, 64, C) or (D,)")
 
 
+def check_observation(observation, present, modalities):
+    """Raises ValueError where shape or type is not that of `scale`: nothing is taken for something else."""
+    T, B = present.shape[:2]
+    if present.shape[2:] != (len(modalities),) or not set(modalities) <= set(observation):
+        raise ValueError(f"present {tuple(present.shape)} and {', '.join(observation)} were given: give present "
+                         f"(T, B, {len(modalities)}) and {', '.join(modalities)}")  # fmt: skip
+    for name, shape in modalities.items():
+        x, colour = observation[name], len(shape) == 3 and shape[-1] > 1
+        if x.shape != (T, B, *shape) or (x.dtype != torch.uint8 if colour else not x.is_floating_point()):
+            wanted = "uint8" if colour else "float, in metres" if len(shape) == 3 else "float"
+            raise ValueError(f"modality {name!r} is {x.dtype} {tuple(x.shape)}: give {wanted} {(T, B, *shape)}; an "
+                             "image of one channel is depth, so repeat a grey picture to three")  # fmt: skip
+
+
 if __name__ == "__main__":
-    modalities = {"rgb": (64, 64, 3), "depth": (64, 64, 1), "touch": (2,)}
-    T, B, A = 5, 3, 4
-    model = MSSM(modalities, A, d_f=64, channels=4)
-    observation = {
-        "rgb": torch.randint(0, 256, (T, B, 64, 64, 3), dtype=torch.uint8),
-        "depth": 10 * torch.rand(T, B, 64, 64, 1),
-        "touch": torch.rand(T, B, 2),
-    }
-    present = torch.rand(T, B, len(modalities)) > 0.4
-    filtered = model.observe(observation, present, torch.rand(T, B, A) * 2 - 1)
+    T, B = 5, 3
+    model = MSSM({"rgb": (64, 64, 3), "touch": (2,)}, action_size=4, d_f=64, channels=4)
+    rgb, touch = torch.randint(256, (T, B, 64, 64, 3), dtype=torch.uint8), torch.rand(T, B, 2)
+    present = torch.rand(T, B, 2) > 0.4
+    filtered = model.observe({"rgb": rgb, "touch": touch}, present, torch.rand(T, B, 4) * 2 - 1)
+    unobserved = ~present.any(-1)
+    assert torch.equal(filtered.mean[unobserved], filtered.prior_mean[unobserved]), "the posterior is the prior there"
     latent = model.latent(filtered.h, filtered.s_c)
-    kept = ~filtered.present.any(0).unsqueeze(-1)  # nothing observed: the posterior is the prior
-    assert torch.equal(filtered.mean * kept, filtered.prior_mean * kept)
-    for name, x in [("h", filtered.h), ("s_c", filtered.s_c), ("s_f", filtered.fused.s_f),
-                    ("experts", filtered.fused.expert_mean), ("latent", latent),
-                    ("reward", model.reward(latent)), ("code g(z)", model.code(latent))]:  # fmt: skip
-        print(f"{name:10} {tuple(x.shape)}")
+    shown = {**filtered.fused._asdict(), **filtered._asdict(), "latent": latent, "reward": model.reward(latent)}
+    for name in ("h", "s_c", "s_f", "expert_mean", "latent", "reward"):
+        print(f"{name:12} {tuple(shown[name].shape)}")

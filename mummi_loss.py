@@ -1,12 +1,12 @@
-"""The objectives of MuMMI and of its baselines, as pure functions of tensors.
+"""The objectives of MuMMI and of its baselines: what the world model learns from.
 
 Holds the density ratio of Eq. (14) in the form of Eq. (16), the InfoNCE bound of Eq. (15) on the
-mutual information of Eq. (12), and the losses made of them: MuMMI's Eq. (17), the ELBO of Eq. (10)
-and the contrastive loss of [CVRL] (Ma et al., arXiv 2008.02430).
+mutual information of Eq. (12), and the losses made of them, MuMMI's Eq. (17) and the ELBO of Eq. (10),
+as pure functions of tensors; then the objectives of the five methods, which read a world model (`mssm.py`).
 
 symbol     name here      meaning                                           size
 mu^m(x)    expert_mean    mean of modality m's expert                       (N, D_f)
-g(z)       code           code predicted from the latent state              (N, D_f)
+g(z)       g_z            mean predicted from the latent state              (N, D_f)
 log f      log_f          log f[i, j] of latent i and observation j         (N, N)
 lambda^m   weight         weight of modality m's bound                      float
            present        True where the modality was observed              (N,)
@@ -15,13 +15,15 @@ KL         kl             KL[q(s^c | s^f, h) || p(s^c | h)] of each step    (N,)
 Shapes: N = T * B, every step of every sequence of the batch. Nats, in float32 whatever the autocast
 type. Losses are to be minimised: minus the bounds of the paper.
 
-    log_f = log_density_ratio(code, expert_mean)                       # (N, N)
+    log_f = log_density_ratio(g_z, expert_mean)                        # (N, N)
     bound = info_nce(log_f, present)                                   # (N,)
     kl = gaussian_kl(mean, std, prior_mean, prior_std)                 # (N,)
     loss = mummi_loss({"rgb": bound}, {"rgb": present}, {"rgb": 1.0}, log_reward, kl)
+    loss, metrics = mummi(model, filtered, batch)                      # all of it, of an MSSM
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
@@ -53,17 +55,17 @@ def mean_over(x, present):
 # ---- 2. Mutual information, Eq. (12), (14)-(16) --------------------------------------------------
 
 
-def log_density_ratio(code, expert_mean):
+def log_density_ratio(g_z, expert_mean):
     """Eq. (16): log f[i, j] = -|| mu^m(x_j) - g(z_i) ||^2, the density ratio of Eq. (14): Fig. 3.
 
-    code         (N, D_f)  g(z_i) of latent i, a row
+    g_z          (N, D_f)  g(z_i) of latent i, a row
     expert_mean  (N, D_f)  mu^m(x_j) of observation j, a column; the fused mean gives f_b (MuMMI-b)
     returns      (N, N)    float32: a distance of hundreds has no digits to spare
     """
-    with torch.autocast(code.device.type, enabled=False):
-        code, expert_mean = code.float(), expert_mean.float()
-        squares = code.square().sum(-1, keepdim=True) + expert_mean.square().sum(-1)  # (N, N)
-        return 2 * code @ expert_mean.T - squares
+    with torch.autocast(g_z.device.type, enabled=False):
+        g_z, expert_mean = g_z.float(), expert_mean.float()
+        squares = g_z.square().sum(-1, keepdim=True) + expert_mean.square().sum(-1)  # (N, N)
+        return 2 * g_z @ expert_mean.T - squares
 
 
 def log_inner_product(projected_z, projected_x):
@@ -95,7 +97,7 @@ def mutual_information(bound, present):
     return mean_over(bound, present) + present.sum().clamp(min=1).log()
 
 
-# ---- 3. Objectives of the world model ------------------------------------------------------------
+# ---- 3. Losses, Eq. (10), (17) -------------------------------------------------------------------
 
 
 def mummi_loss(bounds, present, weights, log_reward, kl, free_nats=3.0, over_present=True):
@@ -132,16 +134,105 @@ def elbo_loss(log_likelihoods, present, log_reward, kl, free_nats=3.0):
     return -(reconstruction + log_reward.mean() - kl.mean().clamp(min=free_nats))
 
 
+# ---- 4. Objectives: from a model and a batch to its loss -----------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the terms of every objective weigh, and how absent observations count."""
+
+    modalities: dict = field(default_factory=dict)  # lambda^m by name; 1 for all others.  Dev. D8
+    reward: float = 1.0  # of log p(r | z)
+    free_nats: float = 3.0  # Dev. D19
+    fused_kl: float = 0.0  # of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6
+    absent_logit: float = -math.inf  # Dev. D4
+    over_present: bool = True  # Dev. D5
+
+
+def shared_terms(model, filtered, batch, weights):
+    """What every objective needs of a model (`mssm.MSSM`), of what it inferred and of the batch.
+
+    returns  latent (N, D_z), log p(r | z) (N,) with its weight, KL (N,), {name: ()} to log
+    """
+    latent = model.latent(filtered.h, filtered.s_c).flatten(0, 1)
+    predicted, reward = model.reward(latent), batch["reward"].flatten()
+    log_reward = weights.reward * gaussian_log_prob(reward, predicted)
+    if "continues" in batch:  # 0 where the episode ended, 1 elsewhere, (T, B).  Dev. D22
+        log_odds, continues = model.continuation(latent), batch["continues"].flatten()
+        log_reward = log_reward - F.binary_cross_entropy_with_logits(log_odds, continues, reduction="none")
+    kl = gaussian_kl(filtered.mean, filtered.std, filtered.prior_mean, filtered.prior_std).flatten()
+    error = (reward - predicted).square().mean()
+    metrics = {"kl": kl.mean(), "reward_square_error": error, "reward_variance": reward.var(correction=0)}
+    return latent, log_reward, kl, metrics
+
+
+def contrastive_loss(log_f, present, log_reward, kl, weights):
+    """Eq. (17) from the density ratios {name: (N, N)} and who is present {name: (N,)}; the nats that each shows."""
+    bounds = {name: info_nce(log_f[name], present[name], weights.absent_logit) for name in log_f}
+    nats = {f"information_{name}": mutual_information(bounds[name], present[name]) for name in log_f}
+    lambdas = {name: weights.modalities.get(name, 1.0) for name in log_f}
+    return mummi_loss(bounds, present, lambdas, log_reward, kl, weights.free_nats, weights.over_present), nats
+
+
+def fused_kl(model, filtered, weights):
+    """The KL of s^f in Eq. (10) and (17), which the released code leaves out.  Dev. D6"""
+    if weights.fused_kl == 0 or filtered.fused.mean is None:
+        return 0.0
+    kl = gaussian_kl(filtered.fused.mean, filtered.fused.std, *model.fused_prior(filtered.s_c))
+    return weights.fused_kl * mean_over(kl, filtered.present.any(-1))
+
+
+def mummi(model, filtered, batch, weights=Weights()):
+    """Eq. (17): one density ratio a modality pulls every expert's mean to the shared g(z)."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, weights)
+    g_z = model.g(latent)  # (N, D_f)
+    experts = dict(zip(model.modalities, filtered.fused.expert_mean.flatten(0, 1).unbind(1)))  # {name: (N, D_f)}
+    present = dict(zip(model.modalities, filtered.present.flatten(0, 1).unbind(1)))  # {name: (N,)}
+    log_f = {name: log_density_ratio(g_z, mean) for name, mean in experts.items()}
+    loss, nats = contrastive_loss(log_f, present, log_reward, kl, weights)
+    return loss + fused_kl(model, filtered, weights), metrics | nats
+
+
+def mummi_b(model, filtered, batch, weights=Weights()):
+    """Eq. (17) with f_b of section V: one density ratio, of the fused product's mean."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, weights)
+    log_f = {"fused": log_density_ratio(model.g(latent), filtered.fused.mean.flatten(0, 1))}
+    present = {"fused": filtered.present.any(-1).flatten()}
+    loss, nats = contrastive_loss(log_f, present, log_reward, kl, weights)
+    return loss + fused_kl(model, filtered, weights), metrics | nats
+
+
+def cvrl(model, filtered, batch, weights=Weights()):
+    """[CVRL] (Ma et al., arXiv 2008.02430): one bound between the latent and all features, zeros where missing."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, weights)
+    features = model.project_x(filtered.fused.s_f.flatten(0, 1))
+    log_f = {"concatenated": log_inner_product(model.project_z(latent), features)}
+    present = {"concatenated": filtered.present.any(-1).flatten()}
+    loss, nats = contrastive_loss(log_f, present, log_reward, kl, weights)
+    return loss, metrics | nats
+
+
+def elbo(model, filtered, batch, weights=Weights()):
+    """Eq. (10): every modality that is present is reconstructed."""
+    latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, weights)
+    decoded = model.decode(latent.unflatten(0, filtered.h.shape[:2]))
+    present = dict(zip(model.modalities, filtered.present.flatten(0, 1).unbind(1)))
+    log_likelihoods = {}
+    for name, x in model.scale(batch["observation"], filtered.present).items():
+        log_likelihoods[name] = gaussian_log_prob(x, decoded[name], event_dims=x.ndim - 2).flatten()
+        metrics[f"reconstruction_{name}"] = mean_over(log_likelihoods[name], present[name])
+    loss = elbo_loss(log_likelihoods, present, log_reward, kl, weights.free_nats)
+    return loss + fused_kl(model, filtered, weights), metrics
+
+
 if __name__ == "__main__":
     N, D_f = 50, 16
-    code = torch.randn(N, D_f, requires_grad=True)
-    expert_mean, present = code.detach() + 0.1 * torch.randn(N, D_f), torch.rand(N) > 0.375
-    log_f = log_density_ratio(code, expert_mean)
+    g_z = torch.randn(N, D_f, requires_grad=True)
+    expert_mean, present = g_z.detach() + 0.1 * torch.randn(N, D_f), torch.rand(N) > 0.375
+    log_f = log_density_ratio(g_z, expert_mean)
     bound = info_nce(log_f, present)
-    kl = gaussian_kl(*(torch.rand(4, N, D_f) + 0.5))
-    log_reward = gaussian_log_prob(torch.rand(N), torch.rand(N))
+    kl, log_reward = gaussian_kl(*(torch.rand(4, N, D_f) + 0.5)), gaussian_log_prob(torch.rand(N), torch.rand(N))
     loss = mummi_loss({"rgb": bound}, {"rgb": present}, {"rgb": 1.0}, log_reward, kl)
     loss.backward()
-    print(f"log f {tuple(log_f.shape)}  bound {tuple(bound.shape)}  kl {tuple(kl.shape)}")
-    print(f"mutual information {mutual_information(bound, present):.2f} of at most "
-          f"log N = {present.sum().log():.2f} nats, loss {loss:.2f}")  # fmt: skip
+    print(f"log f {tuple(log_f.shape)}  bound {tuple(bound.shape)}  kl {tuple(kl.shape)}  loss {loss:.2f}")
+    print(f"mutual information {mutual_information(bound, present):.2f} of at most {present.sum().log():.2f} nats")

@@ -1,0 +1,374 @@
+"""What makes MuMMI fast, put on from outside: the files that hold the paper know nothing of it.
+
+`methods.make_agent` builds a `FastAgent` around a `FastMSSM` where it would build an `Agent` around an
+`MSSM`. Both compute the same numbers (`--no-fast` is the proof); these take less time:
+
+1. threads that do not starve the environments, memory that is kept, the faster float32 product
+2. bfloat16 autocast for the networks; losses stay in float32.  Dev. D14
+3. one product for the weight gradients of all steps of a loop, and for all layers that read h
+4. on a GPU: elementwise functions compiled, and a whole update or decision as one CUDA graph
+
+    prepare(config, torch.device("cuda"))           # process-wide settings
+    agent = FastAgent(FastMSSM(...), objective, action_size, bfloat16=True, cuda_graphs=True)
+
+Shapes: as in `mssm.py` and `agent.py`.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+import time
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial, wraps
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+import agent as behaviour
+import mssm
+from agent import Agent
+from mssm import MSSM
+
+# ---- 1. The process: threads, memory, products ---------------------------------------------------
+
+
+def restart_with_quiet_threads():
+    """Start this program again, once, with variables that OpenMP reads only while torch is being loaded.
+
+    By default, idle OpenMP threads busy-wait and starve the environments (up to 100 times slower); sleeping at
+    once makes small updates 1.5 times slower.
+    """
+    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+    if torch.get_num_threads() > 1 and not quiet.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], quiet | os.environ)
+
+
+def prepare(device, bfloat16, exact_losses, deterministic):
+    """Settings of the whole process, for an agent on this device.
+
+    exact_losses  the losses' products read float32 layers: no TF32 for them
+    """
+    # cuBLAS reads this at its first product; without it no later agent of this process could be deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device.type == "cpu":
+        keep_freed_memory()
+        torch.set_float32_matmul_precision(faster_exact_product())
+        return
+    # TF32 loses nothing of factors that come from bfloat16 layers; on the way back it rounds the other to 11 bits.
+    tf32 = bfloat16 and not exact_losses
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    compile_functions()
+
+
+def keep_freed_memory():
+    """Let glibc keep freed activations instead of faulting their pages in again each update."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+@cache
+def faster_exact_product(rows=512, size=512):
+    """The setting of `torch.set_float32_matmul_precision` whose product is faster on this CPU and exact to float32.
+
+    "highest" is MKL's, slow on AMD processors. "medium" is oneDNN's: float32 too, or bfloat16 where the processor
+    has AMX, and then it is not taken.
+    """
+    before, generator = torch.get_float32_matmul_precision(), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((rows, size), (size, size)))
+    exact, results = a.double() @ b.double(), {}
+    for setting in ("highest", "medium"):
+        torch.set_float32_matmul_precision(setting)
+        error = float((a @ b - exact).norm() / exact.norm())
+        results[setting] = error, min(seconds(lambda: a @ b) for _ in range(7))
+    torch.set_float32_matmul_precision(before)
+    (_, mkl), (error, one_dnn) = results["highest"], results["medium"]
+    return "medium" if error < 1e-5 and one_dnn < 0.9 * mkl else "highest"
+
+
+def seconds(function):
+    """Time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# ---- 2. Weight gradients of a loop, in one product -----------------------------------------------
+
+LOOP: ContextVar = ContextVar("the Steps of every layer in the loop that runs in this thread", default={})  # noqa: B039
+
+
+class StepLinear(nn.Linear):
+    """nn.Linear for a loop over time: within `loop`, `Steps` computes it."""
+
+    def forward(self, x):
+        steps = LOOP.get().get(self)
+        return super().forward(x) if steps is None else steps(x)[self]
+
+
+@contextmanager
+def loop(groups):
+    """Inside this context, these layers collect their inputs and gradients over the loop.
+
+    groups  of {layer: (weight, bias)}; the layers of one group read the same tensors: one product a step for all
+
+    Plain autograd multiplies two small matrices for each step and layer, and adds up the results. One large
+    product of all steps gives the same sum. Nothing is kept on the layers, so threads may share a model.
+    """
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    token = LOOP.set({} if plain else {layer: steps for steps in map(Steps, groups) for layer in steps.layers})
+    try:
+        yield
+    finally:
+        LOOP.reset(token)
+
+
+class Steps:
+    """The steps of layers that read the same tensors; see `loop`."""
+
+    def __init__(self, group):
+        self.layers, (weights, biases) = list(group), zip(*group.values())
+        self.sizes = [len(weight) for weight in weights]
+        self.x, self.y, self.passed = None, {}, {}  # passed: {backward pass: [(x, gradient) of each step]}
+        device = weights[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
+        self.weight, self.bias = Parameters.apply(torch.cat(weights), torch.cat(biases), self.passed, dtype)
+
+    def __call__(self, x):
+        """What each layer makes of x. (B, D) -> {layer: (B, D)}"""
+        if x is not self.x:
+            y = Step.apply(x, self.weight, self.bias, self.passed)
+            self.x, self.y = x, dict(zip(self.layers, y.split(self.sizes, -1) if len(self.sizes) > 1 else [y]))
+        return self.y
+
+
+class Step(torch.autograd.Function):
+    """One step's F.linear(x, weight, bias), which leaves the parameters' gradients to `Parameters`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, passed):
+        x = x.to(weight.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.passed = passed
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_second_derivatives()
+        x, weight = ctx.saved_tensors
+        steps = ctx.passed.setdefault(torch._C._current_graph_task_id(), [])  # this backward pass's own
+        steps.append((x.detach(), gradient))  # with its graph, x would keep this node, and itself, alive
+        return gradient @ weight, None, None, None
+
+
+class Parameters(torch.autograd.Function):
+    """Weight and bias as all steps see them. Its backward pass comes after that of every step."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, passed, dtype):
+        ctx.set_materialize_grads(False)
+        ctx.passed = passed
+        return weight.to(dtype), bias.to(dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        steps = ctx.passed[torch._C._current_graph_task_id()]
+        x, gradient = (torch.cat(side) for side in zip(*steps))  # (T * B, D)
+        ctx.passed.clear()
+        return gradient.T @ x, gradient.sum(0), None, None
+
+
+def refuse_second_derivatives():
+    """Raises RuntimeError in a backward pass that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("FastMSSM.observe has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
+
+
+class FastMSSM(MSSM):
+    """An MSSM whose loop over time takes fewer products, under autocast if `bfloat16` is set."""
+
+    bfloat16 = False
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        for net in (self.transition_in, self.gru_x, self.gru_h, self.prior_net, self.posterior_net):
+            use_step_linear(net)
+
+    def observe(self, observation, present, action, state=None):
+        plain = lambda layer: {layer: (layer.weight, layer.bias)}  # noqa: E731
+        first = self.posterior_net[0]
+        reads_h = {first: (first.weight[:, self.d_s_f :], first.bias)}
+        groups = [plain(self.gru_h) | plain(self.prior_net[0]) | reads_h, plain(self.transition_in),
+                  plain(self.gru_x), plain(self.prior_net[2]), plain(self.posterior_net[2])]  # fmt: skip
+        with torch.autocast(action.device.type, torch.bfloat16, enabled=self.bfloat16), loop(groups):
+            return super().observe(observation, present, action, state)
+
+    def posterior_from_h(self, h):
+        first = self.posterior_net[0]
+        steps = LOOP.get().get(first)
+        return super().posterior_from_h(h) if steps is None else steps(h)[first]
+
+
+def use_step_linear(net):
+    """Turn every nn.Linear of a network into a `StepLinear`."""
+    for layer in net.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = StepLinear
+
+
+# ---- 3. Fewer kernels on a GPU -------------------------------------------------------------------
+
+COMPILED = {
+    mssm: "gaussian sample scale product_of_experts gru add_elu posterior_or_prior".split(),
+    behaviour: "tanh_normal squash lambda_return".split(),
+}
+
+
+@cache
+def compile_functions():
+    """From now on the elementwise functions of mssm.py and agent.py run as one kernel each on a GPU."""
+    torch._dynamo.config.recompile_limit = 256  # a variant for each shape, type and gradient mode
+    for module, names in COMPILED.items():
+        for name in names:
+            setattr(module, name, one_kernel(getattr(module, name)))
+    # Inductor takes the gradient of a kernel over 1x1 pixels for channels-last, and fails.
+    FastMSSM.decode = torch.compiler.disable(MSSM.decode)  # type: ignore[method-assign]
+
+
+def one_kernel(function):
+    """The function, compiled where a tensor is on a GPU."""
+    compiled = cache(lambda: torch.compile(function, dynamic=False))
+
+    @wraps(function)
+    def call(*inputs, **options):
+        on_gpu = any(torch.is_tensor(x) and x.is_cuda for x in (*inputs, *options.values()))
+        return (compiled() if on_gpu and not torch.compiler.is_compiling() else function)(*inputs, **options)
+
+    return call
+
+
+class CudaGraph:
+    """A method of tensors on a GPU, captured once for each shape of its arguments and then replayed.
+
+    Replayed kernels follow each other without waiting for Python. The first three calls run as they are, while
+    libraries choose their kernels and Adam makes its state; the fourth is captured. What the method computes may
+    depend on the values of tensors only; random numbers differ from call to call. Results are copies.
+    """
+
+    WARM_UP = 3  # calls
+
+    def __init__(self):
+        self.inputs, self.graphs, self.calls, self.stream = {}, {}, Counter(), torch.cuda.Stream()
+
+    def __call__(self, method, *arguments, **options):
+        leaves, structure = tree_flatten(arguments)
+        signature = structure, tuple((x.shape, x.dtype) for x in leaves), tuple(options.items())
+        inputs = self.inputs.setdefault(signature, [x.clone() for x in leaves])
+        for x, new in zip(inputs, leaves):
+            x.copy_(new)
+        call = partial(method, *tree_unflatten(inputs, structure), **options)
+        self.calls[signature] += 1
+        if self.calls[signature] <= self.WARM_UP:  # on the stream of the capture
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self.stream):
+                result = call()
+            torch.cuda.synchronize()
+            return tree_map(torch.clone, result)
+        if signature not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the GPU meanwhile: batches are sent there.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                result = call()
+            self.graphs[signature] = graph, result
+        graph, result = self.graphs[signature]
+        graph.replay()
+        return tree_map(torch.clone, result)
+
+
+class FastAgent(Agent):
+    """An Agent with autocast, `StepLinear` actor layers and, on a GPU, compiled functions and CUDA graphs.
+
+    model        a FastMSSM
+    bfloat16     run the networks under bfloat16 autocast
+    cuda_graphs  run `update` and `act` as one CUDA graph each
+
+    Where compiling or capturing fails, it says so once and goes on plainly.
+    """
+
+    def __init__(self, model, objective, action_size, bfloat16=False, cuda_graphs=True, **options):
+        super().__init__(model, objective, action_size, **options)
+        self.bfloat16 = self.model.bfloat16 = bfloat16
+        use_step_linear(self.actor)
+        # Autocast begins inside: the way back through a compiled function takes its types from what is around it,
+        # and the products of the losses are to stay in float32 there, too.
+        self.objective = self.autocast()(objective)
+        self.cuda = self.device.type == "cuda"
+        if self.cuda:
+            self.objective = torch.compile(self.objective, dynamic=False)
+        self.graphs = {"update": CudaGraph(), "act": CudaGraph()} if self.cuda and cuda_graphs else {}
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def adam(self, module, learning_rate):
+        """On a GPU one fused kernel, which reads its rate from the GPU."""
+        if self.device.type == "cpu":
+            return super().adam(module, learning_rate)
+        rate = torch.tensor(learning_rate, device=self.device)
+        return torch.optim.Adam(module.parameters(), rate, eps=1e-7, fused=True, capturable=True)
+
+    def update(self, batch, behaviour=True):
+        return self.run("update", super().update, batch, behaviour=behaviour)
+
+    def act(self, memory, observation, present, first, explore):
+        return self.run("act", super().act, memory, observation, present, first, explore=explore)
+
+    def imagine(self, policy, state):
+        layers = [{layer: (layer.weight, layer.bias)} for layer in self.actor.net if isinstance(layer, nn.Linear)]
+        with self.autocast(), loop(layers):
+            return super().imagine(policy, state)
+
+    def returns(self, latent):
+        with self.autocast():
+            return super().returns(latent)
+
+    def plan(self, state, policy):
+        with self.autocast():
+            return super().plan(state, policy)
+
+    def run(self, name, method, *inputs, **options):
+        """The method, as a CUDA graph if there is one; plainly from the first time on that this fails."""
+        if not self.cuda:
+            return method(*inputs, **options)
+        try:
+            return self.graphs[name](method, *inputs, **options) if name in self.graphs else method(*inputs, **options)
+        except ValueError:  # of the inputs
+            raise
+        except Exception as error:
+            self.go_on_plainly(name, error)
+            return method(*inputs, **options)
+
+    def go_on_plainly(self, name, error):
+        """Compile and capture nothing any more, and say why."""
+        self.cuda = False
+        self.graphs.clear()
+        torch.compiler.set_stance("force_eager")
+        for generator in torch.cuda.default_generators:  # a capture that broke off may hold them
+            generator.graphsafe_set_state(generator.clone_state())
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(f"{name} could not be compiled or captured on this GPU, and runs without: slower, with the same "
+                      f"results ({cause})", stacklevel=2)  # fmt: skip
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        for graph in self.graphs.values():
+            graph.graphs.clear()  # they know where Adam's state was
