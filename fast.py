@@ -1,24 +1,17 @@
 """What makes MuMMI fast, put on from outside: the files that hold the paper know nothing of it.
 
-`methods.make_agent` builds a `FastAgent` around a `FastMSSM` where it would build an `Agent` around an
-`MSSM`. Both compute the same numbers (`--no-fast` is the proof); these take less time:
+`methods.make_agent` builds a `FastAgent` around a `FastMSSM` where it would build an `Agent` around an `MSSM`. Both
+compute the same numbers (`--no-fast` is the proof). Shapes: as in `mssm.py` and `agent.py`.
 
-1. threads that do not starve the environments, memory that is kept, the faster float32 product
-2. bfloat16 autocast for the networks; losses stay in float32.  Dev. D14
-3. one product for the weight gradients of all steps of a loop, and for all layers that read h
-4. on a GPU: elementwise functions compiled, and a whole update or decision as one CUDA graph
-
-    prepare(config, torch.device("cuda"))           # process-wide settings
+    prepare(device, bfloat16=True, exact_losses=False, deterministic=False)     # settings of the process
     agent = FastAgent(FastMSSM(...), objective, action_size, bfloat16=True, cuda_graphs=True)
-
-Shapes: as in `mssm.py` and `agent.py`.
 """
 
 import ctypes
 import os
 import platform
 import sys
-import time
+import timeit
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -35,7 +28,7 @@ import mssm
 from agent import Agent
 from mssm import MSSM
 
-# ---- 1. The process: threads, memory, products ---------------------------------------------------
+# ---- 1. The process: threads, memory, precision of products ---------------------------------------
 
 
 def restart_with_quiet_threads():
@@ -50,14 +43,14 @@ def restart_with_quiet_threads():
 
 
 def prepare(device, bfloat16, exact_losses, deterministic):
-    """Settings of the whole process, for an agent on this device.
-
-    exact_losses  the losses' products read float32 layers: no TF32 for them
-    """
+    """Settings of the whole process. exact_losses: the losses' products read float32 layers, and must not be TF32."""
     # cuBLAS reads this at its first product; without it no later agent of this process could be deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device.type == "cpu":
-        keep_freed_memory()
+        if platform.libc_ver()[0] == "glibc":  # keep freed activations: their pages need not be faulted in again
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         torch.set_float32_matmul_precision(faster_exact_product())
         return
     # TF32 loses nothing of factors that come from bfloat16 layers; on the way back it rounds the other to 11 bits.
@@ -68,56 +61,32 @@ def prepare(device, bfloat16, exact_losses, deterministic):
     compile_functions()
 
 
-def keep_freed_memory():
-    """Let glibc keep freed activations instead of faulting their pages in again each update."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
 @cache
-def faster_exact_product(rows=512, size=512):
-    """The setting of `torch.set_float32_matmul_precision` whose product is faster on this CPU and exact to float32.
+def faster_exact_product(size=512):
+    """The setting of `torch.set_float32_matmul_precision` whose product is faster on this CPU, and exact to float32.
 
-    "highest" is MKL's, slow on AMD processors. "medium" is oneDNN's: float32 too, or bfloat16 where the processor
-    has AMX, and then it is not taken.
+    "highest" is MKL's, slow on AMD processors. "medium" is oneDNN's: float32 too, unless the processor has AMX.
     """
-    before, generator = torch.get_float32_matmul_precision(), torch.Generator().manual_seed(0)
-    a, b = (torch.randn(shape, generator=generator) for shape in ((rows, size), (size, size)))
-    exact, results = a.double() @ b.double(), {}
+    before, results = torch.get_float32_matmul_precision(), {}
+    a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
     for setting in ("highest", "medium"):
         torch.set_float32_matmul_precision(setting)
         error = float((a @ b - exact).norm() / exact.norm())
-        results[setting] = error, min(seconds(lambda: a @ b) for _ in range(7))
+        results[setting] = error, min(timeit.repeat(lambda: a @ b, number=1, repeat=15))
     torch.set_float32_matmul_precision(before)
     (_, mkl), (error, one_dnn) = results["highest"], results["medium"]
-    return "medium" if error < 1e-5 and one_dnn < 0.9 * mkl else "highest"
+    return "medium" if error < 1e-5 and one_dnn < 0.95 * mkl else "highest"
 
 
-def seconds(function):
-    """Time of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+# ---- 2. The weight gradient of a layer in a loop: one product for all steps -----------------------
 
-
-# ---- 2. Weight gradients of a loop, in one product -----------------------------------------------
-
-LOOP: ContextVar = ContextVar("the Steps of every layer in the loop that runs in this thread", default={})  # noqa: B039
-
-
-class StepLinear(nn.Linear):
-    """nn.Linear for a loop over time: within `loop`, `Steps` computes it."""
-
-    def forward(self, x):
-        steps = LOOP.get().get(self)
-        return super().forward(x) if steps is None else steps(x)[self]
+LOOP: ContextVar = ContextVar("{layer: Steps} of the loop that runs in this thread", default={})  # noqa: B039
 
 
 @contextmanager
 def loop(groups):
-    """Inside this context, these layers collect their inputs and gradients over the loop.
+    """Inside this context, layers collect their inputs and gradients over the loop.
 
     groups  of {layer: (weight, bias)}; the layers of one group read the same tensors: one product a step for all
 
@@ -163,7 +132,8 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        refuse_second_derivatives()
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("a FastMSSM has no second derivatives: use an MSSM, or --no-fast")
         x, weight = ctx.saved_tensors
         steps = ctx.passed.setdefault(torch._C._current_graph_task_id(), [])  # this backward pass's own
         steps.append((x.detach(), gradient))  # with its graph, x would keep this node, and itself, alive
@@ -181,16 +151,28 @@ class Parameters(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        steps = ctx.passed[torch._C._current_graph_task_id()]
-        x, gradient = (torch.cat(side) for side in zip(*steps))  # (T * B, D)
+        x, gradient = (torch.cat(side) for side in zip(*ctx.passed[torch._C._current_graph_task_id()]))  # (T * B, D)
         ctx.passed.clear()
         return gradient.T @ x, gradient.sum(0), None, None
 
 
-def refuse_second_derivatives():
-    """Raises RuntimeError in a backward pass that is itself to be differentiated."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("FastMSSM.observe has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
+class StepLinear(nn.Linear):
+    """nn.Linear for a loop over time: within `loop`, `Steps` computes it."""
+
+    def forward(self, x):
+        steps = LOOP.get().get(self)
+        return super().forward(x) if steps is None else steps(x)[self]
+
+
+def use_step_linear(*nets):
+    """Turn every nn.Linear of the networks into a `StepLinear`."""
+    for layer in (layer for net in nets for layer in net.modules() if type(layer) is nn.Linear):
+        layer.__class__ = StepLinear
+
+
+def plain(layer):
+    """A layer of a group of `loop` with all of its parameters."""
+    return {layer: (layer.weight, layer.bias)}
 
 
 class FastMSSM(MSSM):
@@ -200,29 +182,19 @@ class FastMSSM(MSSM):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        for net in (self.transition_in, self.gru_x, self.gru_h, self.prior_net, self.posterior_net):
-            use_step_linear(net)
+        use_step_linear(self.transition_in, self.gru_x, self.gru_h, self.prior_net, self.posterior_net)
 
     def observe(self, observation, present, action, state=None):
-        plain = lambda layer: {layer: (layer.weight, layer.bias)}  # noqa: E731
-        first = self.posterior_net[0]
-        reads_h = {first: (first.weight[:, self.d_s_f :], first.bias)}
-        groups = [plain(self.gru_h) | plain(self.prior_net[0]) | reads_h, plain(self.transition_in),
-                  plain(self.gru_x), plain(self.prior_net[2]), plain(self.posterior_net[2])]  # fmt: skip
+        posterior_in, _, posterior_out = self.posterior_net
+        posterior_from_h = {posterior_in: (posterior_in.weight[:, self.d_s_f :], posterior_in.bias)}
+        groups = [plain(self.gru_h) | plain(self.prior_net[0]) | posterior_from_h, plain(self.transition_in),
+                  plain(self.gru_x), plain(self.prior_net[2]), plain(posterior_out)]  # fmt: skip
         with torch.autocast(action.device.type, torch.bfloat16, enabled=self.bfloat16), loop(groups):
             return super().observe(observation, present, action, state)
 
     def posterior_from_h(self, h):
-        first = self.posterior_net[0]
-        steps = LOOP.get().get(first)
-        return super().posterior_from_h(h) if steps is None else steps(h)[first]
-
-
-def use_step_linear(net):
-    """Turn every nn.Linear of a network into a `StepLinear`."""
-    for layer in net.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = StepLinear
+        steps = LOOP.get().get(self.posterior_net[0])
+        return super().posterior_from_h(h) if steps is None else steps(h)[self.posterior_net[0]]
 
 
 # ---- 3. Fewer kernels on a GPU -------------------------------------------------------------------
@@ -259,9 +231,9 @@ def one_kernel(function):
 class CudaGraph:
     """A method of tensors on a GPU, captured once for each shape of its arguments and then replayed.
 
-    Replayed kernels follow each other without waiting for Python. The first three calls run as they are, while
-    libraries choose their kernels and Adam makes its state; the fourth is captured. What the method computes may
-    depend on the values of tensors only; random numbers differ from call to call. Results are copies.
+    Replayed kernels do not wait for Python. The first three calls run as they are, while libraries choose their
+    kernels and Adam makes its state; the fourth is captured. What the method computes may depend on the values of
+    tensors only; random numbers differ from call to call. Results are copies.
     """
 
     WARM_UP = 3  # calls
@@ -294,14 +266,13 @@ class CudaGraph:
         return tree_map(torch.clone, result)
 
 
+# ---- 4. The agent --------------------------------------------------------------------------------
+
+
 class FastAgent(Agent):
-    """An Agent with autocast, `StepLinear` actor layers and, on a GPU, compiled functions and CUDA graphs.
+    """An Agent of a FastMSSM: networks in bfloat16 if asked; on a GPU compiled functions and CUDA graphs.
 
-    model        a FastMSSM
-    bfloat16     run the networks under bfloat16 autocast
-    cuda_graphs  run `update` and `act` as one CUDA graph each
-
-    Where compiling or capturing fails, it says so once and goes on plainly.
+    Where compiling or capturing fails on somebody's GPU, it says so once and goes on plainly.
     """
 
     def __init__(self, model, objective, action_size, bfloat16=False, cuda_graphs=True, **options):
@@ -311,19 +282,18 @@ class FastAgent(Agent):
         # Autocast begins inside: the way back through a compiled function takes its types from what is around it,
         # and the products of the losses are to stay in float32 there, too.
         self.objective = self.autocast()(objective)
-        self.cuda = self.device.type == "cuda"
-        if self.cuda:
+        self.accelerated = self.device.type == "cuda"
+        if self.accelerated:
             self.objective = torch.compile(self.objective, dynamic=False)
-        self.graphs = {"update": CudaGraph(), "act": CudaGraph()} if self.cuda and cuda_graphs else {}
+        self.graphs = {"update": CudaGraph(), "act": CudaGraph()} if self.accelerated and cuda_graphs else {}
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def adam(self, module, learning_rate):
-        """On a GPU one fused kernel, which reads its rate from the GPU."""
         if self.device.type == "cpu":
             return super().adam(module, learning_rate)
-        rate = torch.tensor(learning_rate, device=self.device)
+        rate = torch.tensor(learning_rate, device=self.device)  # one fused kernel, which reads its rate from the GPU
         return torch.optim.Adam(module.parameters(), rate, eps=1e-7, fused=True, capturable=True)
 
     def update(self, batch, behaviour=True):
@@ -333,7 +303,7 @@ class FastAgent(Agent):
         return self.run("act", super().act, memory, observation, present, first, explore=explore)
 
     def imagine(self, policy, state):
-        layers = [{layer: (layer.weight, layer.bias)} for layer in self.actor.net if isinstance(layer, nn.Linear)]
+        layers = [plain(layer) for layer in self.actor.net if isinstance(layer, nn.Linear)]
         with self.autocast(), loop(layers):
             return super().imagine(policy, state)
 
@@ -347,26 +317,21 @@ class FastAgent(Agent):
 
     def run(self, name, method, *inputs, **options):
         """The method, as a CUDA graph if there is one; plainly from the first time on that this fails."""
-        if not self.cuda:
+        if not self.accelerated:
             return method(*inputs, **options)
         try:
-            return self.graphs[name](method, *inputs, **options) if name in self.graphs else method(*inputs, **options)
-        except ValueError:  # of the inputs
+            return self.graphs[name](method, *inputs, **options) if self.graphs else method(*inputs, **options)
+        except ValueError:  # what was given is wrong
             raise
         except Exception as error:
-            self.go_on_plainly(name, error)
+            self.accelerated, self.graphs = False, {}
+            torch.compiler.set_stance("force_eager")
+            for generator in torch.cuda.default_generators:  # a capture that broke off may hold them
+                generator.graphsafe_set_state(generator.clone_state())
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            warnings.warn(f"{name} cannot be compiled or captured on this GPU and goes on plainly, slower: {cause}",
+                          stacklevel=2)  # fmt: skip
             return method(*inputs, **options)
-
-    def go_on_plainly(self, name, error):
-        """Compile and capture nothing any more, and say why."""
-        self.cuda = False
-        self.graphs.clear()
-        torch.compiler.set_stance("force_eager")
-        for generator in torch.cuda.default_generators:  # a capture that broke off may hold them
-            generator.graphsafe_set_state(generator.clone_state())
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        warnings.warn(f"{name} could not be compiled or captured on this GPU, and runs without: slower, with the same "
-                      f"results ({cause})", stacklevel=2)  # fmt: skip
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

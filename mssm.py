@@ -108,10 +108,10 @@ def scale(x, present, mean, std):
     returns  float32, in the shape of x
     """
     if x.dtype == torch.uint8:
-        return x.float() / 255 - 0.5
+        return x.float().div_(255).sub_(0.5)
     axes = x.ndim - present.ndim
     x = torch.where(present[(...,) + (None,) * axes], x.float(), 0)  # absent values may be NaN
-    return x.clamp(0, MAX_DEPTH) / MAX_DEPTH - 0.5 if axes == 3 else (x - mean) / std
+    return x.clamp_(0, MAX_DEPTH).div_(MAX_DEPTH).sub_(0.5) if axes == 3 else (x - mean) / std
 
 
 def image_encoder(shape, channels):
@@ -296,10 +296,9 @@ class MSSM(nn.Module):
         return self.continuation_net(latent).squeeze(-1).float()
 
     def decode(self, latent):
-        """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, as `scale` scales. (T, B, D_z) -> (T, B, ...)"""
-        means = {name: decoder(latent.flatten(0, 1)) for name, decoder in zip(self.modalities, self.decoders)}
-        means = {k: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for k, x in means.items()}
-        return {k: x.unflatten(0, latent.shape[:2]).float() for k, x in means.items()}
+        """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, as `scale` scales. (N, D_z) -> {name: (N, ...)}"""
+        means = {name: decoder(latent).float() for name, decoder in zip(self.modalities, self.decoders)}
+        return {k: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for k, x in means.items()}
 
     # -- inference network --
 
@@ -312,9 +311,11 @@ class MSSM(nn.Module):
         return State(*(torch.zeros(batch_size, size, device=device) for size in (self.d_h, self.d_c)))
 
     def scale(self, observation, present):
-        """What encoders read and decoders predict: {name: (T, B, ...)} -> {name: (T, B, ...)}; see `scale`."""
+        """What encoders read and decoders predict, see `scale`. {name: (T, B, ...)}, (T, B, M) -> {name: (N, ...)}"""
+        present = present.flatten(0, 1)
+        scales = [(getattr(self, f"mean_{m}"), getattr(self, f"std_{m}")) for m in range(len(self.modalities))]
         return {
-            name: scale(observation[name], present[..., m], getattr(self, f"mean_{m}"), getattr(self, f"std_{m}"))
+            name: scale(observation[name].flatten(0, 1), present[:, m], *scales[m])
             for m, name in enumerate(self.modalities)
         }
 
@@ -322,9 +323,9 @@ class MSSM(nn.Module):
         """Features of every modality. {name: (T, B, ...)}, (T, B, M) -> M of (T, B, D_x)"""
         features = []
         for x, encoder in zip(self.scale(observation, present).values(), self.encoders):
-            if x.ndim == 5:  # (T, B, 64, 64, C) seen as (T, B, C, 64, 64): no copy, channels stay last
-                x = x.permute(0, 1, 4, 2, 3)
-            features.append(encoder(x.flatten(0, 1)).unflatten(0, present.shape[:2]))
+            if x.ndim == 4:  # (N, 64, 64, C) seen as (N, C, 64, 64): no copy, channels stay last
+                x = x.permute(0, 3, 1, 2)
+            features.append(encoder(x).unflatten(0, present.shape[:2]))
         return features
 
     def fuse(self, features, present):
