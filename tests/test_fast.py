@@ -71,12 +71,12 @@ def test_with_and_without_it_an_update_is_the_same(float64, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_with_and_without_it_an_update_in_float32_differs_by_rounding(method):
-    """Gradients are sums of N terms of either sign; an error of 1e-6 of the largest is a few last digits."""
+    """Sums in another order: an error of 1e-5 of the largest is a few last digits, whatever the processor."""
     batch = random_batch(5)
     (metrics, gradients), (expected, expected_gradients) = (update(tiny_agent(method, fast=f), batch) for f in (True, False))
     assert all(x.dtype == torch.float32 for x in (*metrics.values(), *gradients))
-    relative(metrics.values(), expected.values(), 1e-6)
-    relative(gradients, expected_gradients, 5e-6)
+    relative(metrics.values(), expected.values(), 1e-5)
+    relative(gradients, expected_gradients, 1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
