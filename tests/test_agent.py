@@ -9,16 +9,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import D_C, D_H, A, B, T, close, observe, random_batch, take_the_mean, tiny_agent  # fmt: skip
+from conftest import D_C, D_H, A, B, T, close, observe, random_batch, take_the_mean, tiny_agent
 from torch import nn
 from torch.utils._pytree import tree_map
 
 import agent as behaviour
-import benchmark
 from agent import Actor, Agent, Critic
+from methods import METHODS
 from mssm import MSSM
 
-METHODS = ["mummi", "mummi_b", "mssm_e", "cvrl", "dreamer"]
 H, N = 6, 3
 
 
@@ -27,7 +26,10 @@ class Point(NamedTuple):
 
 
 class World(nn.Module):
-    """A known world: actions move a point by a tenth, the reward is minus its squared distance from 0."""
+    """A known world: actions move a point by a tenth, the reward is minus its squared distance from 0.
+
+    The further to the left the point is, the likelier is the end of the episode.
+    """
 
     def __init__(self):
         super().__init__()
@@ -50,6 +52,13 @@ class World(nn.Module):
 
     def reward(self, latent):
         return -latent.square().sum(-1)
+
+    def continuation(self, latent):
+        return latent[..., 0] + 1
+
+
+def world_batch(x):
+    return {"observation": {"x": x}, "present": None, "action": None}
 
 
 def world_agent(**kwargs):
@@ -150,7 +159,7 @@ def test_update_minimises_both_objectives_of_the_imagined_states():
     """The losses of `update`, from the imagined states one number at a time."""
     agent, x = world_agent(discount=0.9, return_lambda=0.8), torch.randn(1, N, 2)
     torch.manual_seed(1)
-    latent = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
+    latent, _ = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
     actor = critic = 0.0
     for n in range(N):
         reward, value = agent.model.reward(latent[:, n]).tolist(), agent.critic(latent[:, n]).tolist()
@@ -159,9 +168,77 @@ def test_update_minimises_both_objectives_of_the_imagined_states():
             actor -= 0.9**t * returns[t] / (N * (H - 1))
             critic += 0.9**t * (value[t] - returns[t]) ** 2 / 2 / (N * (H - 1))
     torch.manual_seed(1)
-    metrics = agent.update({"observation": {"x": x}, "present": None, "action": None})
+    metrics = agent.update(world_batch(x))
     close(metrics["actor_loss"], actor)
     close(metrics["critic_loss"], critic)
+
+
+@pytest.mark.eq(19)
+@pytest.mark.dev(22)
+def test_where_an_episode_may_end_its_future_counts_less():
+    """Two steps by hand: discounts 0.8 * 1 and 0.8 * 0.5, then R_1 = 2 + 0.4 * 10 and R_0 = 1 + 0.8 * (4 + 6) / 2."""
+    agent = world_agent(horizon=3, discount=0.8, return_lambda=0.5, continuation=True)
+    agent.model.reward = lambda latent: latent[..., 0]
+    agent.critic = lambda latent: latent[..., 1]
+    agent.model.continuation = lambda latent: torch.logit(latent[..., 2])
+    latent = torch.tensor([[[1.0, 7.0, 1.0]], [[2.0, 4.0, 0.5]], [[100.0, 10.0, 0.0]]])  # reward, value, continuation
+    returns, value, weight = agent.returns(latent)
+    close(returns, [[5.0], [6.0]])
+    close(value, [[7.0], [4.0]])
+    close(weight, [[1.0], [0.8]])  # and not 0.4: step 1 is reached if the episode goes on after step 0
+    agent.continuation = False
+    returns, _, weight = agent.returns(latent)
+    close(returns, [[1 + 0.8 * (4 + 10) / 2], [2 + 0.8 * 10]])
+    close(weight, [[1.0], [0.8]])
+
+
+@pytest.mark.eq(18, 19)
+@pytest.mark.dev(20, 22)
+def test_update_minimises_both_objectives_where_episodes_may_end():
+    """As above, with a discount of each imagined state's own: 0.9 times the probability that the episode goes on."""
+    agent, x = world_agent(discount=0.9, return_lambda=0.8, continuation=True), torch.randn(1, N, 2)
+    torch.manual_seed(1)
+    latent, _ = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
+    actor = critic = 0.0
+    for n in range(N):
+        reward, value = agent.model.reward(latent[:, n]).tolist(), agent.critic(latent[:, n]).tolist()
+        discount = [0.9 / (1 + math.exp(-left - 1)) for left in latent[:, n, 0].tolist()]
+        for t in range(H - 1):
+            total, steps = 0.0, H - 1 - t
+            for k in range(1, steps + 1):  # k rewards, then the value of the state after them
+                sums = sum(math.prod(discount[t : t + i]) * reward[t + i] for i in range(k))
+                sums += math.prod(discount[t : t + k]) * value[t + k]
+                total += sums * 0.8 ** (k - 1) * (0.2 if k < steps else 1)
+            weight = math.prod(discount[:t])
+            actor -= weight * total / (N * (H - 1))
+            critic += weight * (value[t] - total) ** 2 / 2 / (N * (H - 1))
+    torch.manual_seed(1)
+    metrics = agent.update(world_batch(x))
+    close(metrics["actor_loss"], actor)
+    close(metrics["critic_loss"], critic)
+
+
+@pytest.mark.dev(22)
+def test_an_action_is_blamed_for_the_end_it_leads_to_but_weights_are_no_way_to_learn():
+    agent = world_agent(continuation=True)
+    agent.model.reward = lambda latent: torch.ones(latent.shape[:-1])
+    agent.critic = lambda latent: torch.ones(latent.shape[:-1])
+    latent = torch.randn(H, N, 2, requires_grad=True)
+    returns, _, weight = agent.returns(latent)
+    assert not weight.requires_grad and (weight[1:] < 0.99).all()
+    returns.sum().backward()
+    assert (latent.grad[:-1, :, 0] > 0).all() and (latent.grad[-1] == 0).all() and (latent.grad[..., 1] == 0).all()
+
+
+@pytest.mark.dev(22)
+def test_without_continuation_the_head_is_not_asked(monkeypatch):
+    """The same numbers as of a world that has none."""
+    metrics, x = [], torch.randn(1, N, 2)
+    for head in (World.continuation, None):
+        monkeypatch.setattr(World, "continuation", head)
+        torch.manual_seed(1)
+        metrics.append(world_agent().update(world_batch(x)))
+    assert all(torch.equal(value, metrics[1][name]) for name, value in metrics[0].items())
 
 
 # ---- 3. Who learns from what ---------------------------------------------------------------------
@@ -196,7 +273,7 @@ def test_each_loss_reaches_the_parameters_of_its_own_module_alone(monkeypatch):
 
 def test_the_actor_learns_through_the_dynamics():
     """Its gradient is that of the imagined returns."""
-    agent, batch = world_agent(), {"observation": {"x": torch.randn(1, N, 2)}, "present": None, "action": None}
+    agent, batch = world_agent(), world_batch(torch.randn(1, N, 2))
     losses = {}
     agent.optimise = lambda new: losses.update(new) or {}
     agent.update(batch)
@@ -204,15 +281,37 @@ def test_the_actor_learns_through_the_dynamics():
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
+@pytest.mark.dev(25)
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_world_model_can_learn_alone(fast):
+    """As in a whole update, which comes to it first; actor and critic are left as they are."""
+    batch, learnt = random_batch(), []
+    for alone in (False, True):
+        agent = tiny_agent(fast=fast)
+        before = parameters(agent)
+        torch.manual_seed(1)
+        metrics = agent.update(batch, behaviour=not alone)
+        learnt.append((parameters(agent)["model"], metrics))
+        for name, module in modules(agent).items():
+            moved = any(not torch.equal(new, old) for new, old in zip(parameters(agent)[name], before[name]))
+            has_gradient = any(p.grad is not None for p in module.parameters())
+            assert moved == has_gradient == (name == "model" or not alone)
+            assert (f"{name}_loss" in metrics) == (f"{name}_grad_norm" in metrics) == (name == "model" or not alone)
+        assert len(agent.optimisers["actor"].state) == 0 or not alone
+    (expected, all_metrics), (actual, metrics) = learnt
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+    assert metrics and all(torch.equal(all_metrics[name], value) for name, value in metrics.items())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_moves_and_belongs_to_one_optimiser(method):
-    agent = tiny_agent(method, fused_kl_scale=0.0 if method in ("cvrl", "dreamer") else 0.1)
+    agent = tiny_agent(method, fused_kl_scale=0.0 if method in ("cvrl", "dreamer") else 0.1, continuation="on")
     owned = [p for optimiser in agent.optimisers.values() for group in optimiser.param_groups for p in group["params"]]
     every = {p: f"{part}.{name}" for part, module in modules(agent).items() for name, p in module.named_parameters()}
     assert len(owned) == len(set(owned)) and set(owned) == set(every)
     before = {p: p.detach().clone() for p in every}
     for _ in range(3):
-        metrics = agent.update(random_batch())
+        metrics = agent.update(random_batch() | {"continues": (torch.rand(T, B) > 0.2).float()})
     assert [every[p] for p in every if torch.equal(p, before[p])] == []
     assert all(x.isfinite() and x.shape == () and not x.requires_grad for x in metrics.values())
 
@@ -253,8 +352,23 @@ def test_update_in_bfloat16_keeps_losses_and_parameters_in_float32():
 def test_imagined_states_are_what_the_actions_lead_to():
     start, moves = torch.randn(N, 2), torch.rand(H, N, 2)
     plan = iter(moves)
-    latent = behaviour.imagine(World(), lambda _: next(plan), Point(start), H)
+    latent, action = behaviour.imagine(World(), lambda _: next(plan), Point(start), H)
     close(latent, start + 0.1 * moves.cumsum(0))
+    assert torch.equal(action, moves)
+
+
+def test_saturated_actions_and_sign_changes_are_fractions_of_the_imagined_actions():
+    """Of H steps, N states and two actions each, some chosen by hand."""
+    agent, x = world_agent(), torch.randn(1, N, 2)
+    moves = torch.full((H, N, 2), 0.5)
+    moves[0] = -0.5  # every sign changes after the first step,
+    moves[3, 1, 0], moves[2, 0, 0] = -0.98, -1.0  # and two of them to and fro
+    moves[4, 2, 1], moves[5, 2, 1], moves[5, 0, 0] = 0.991, 1.0, 0.99
+    plan = iter(moves)
+    agent.actor.sample = lambda latent: next(plan)
+    metrics = agent.update(world_batch(x))
+    close(metrics["saturated_actions"], 3 / (H * N * 2))  # 0.99 itself is none
+    close(metrics["action_sign_changes"], (N * 2 + 2 + 2) / ((H - 1) * N * 2))
 
 
 def test_imagination_starts_detached_and_the_policy_sees_no_gradient(monkeypatch):
@@ -264,9 +378,9 @@ def test_imagination_starts_detached_and_the_policy_sees_no_gradient(monkeypatch
     def spy(model, policy, state, horizon):
         watched = lambda latent: seen.append(latent) or policy(latent)  # noqa: E731
         assert all(x.shape[0] == T * B and not x.requires_grad for x in state)
-        latent = imagine(model, watched, state, horizon)
-        assert latent.requires_grad
-        return latent
+        latent, action = imagine(model, watched, state, horizon)
+        assert latent.requires_grad and action.requires_grad
+        return latent, action
 
     monkeypatch.setattr(behaviour, "imagine", spy)
     agent.update(random_batch())
@@ -284,7 +398,7 @@ def test_actor_and_critic_have_the_released_parameter_counts():
         assert [type(layer) for layer in net] == ([nn.Linear, nn.ELU] * linear)[:-1]
 
 
-@pytest.mark.dev(12)
+@pytest.mark.dev(12, 24)
 def test_actor_is_a_tanh_of_a_bounded_normal():
     actor, latent = Actor(17, 1, units=8), torch.randn(1, 17)
     raw_mean, raw_std = actor.net(latent).double()[0]
@@ -295,19 +409,15 @@ def test_actor_is_a_tanh_of_a_bounded_normal():
     close(actor.mode(latent), mean.tanh().view(1, 1))  # not the best of 100 samples
     samples = actor.sample(latent.expand(20_000, -1))
     assert (samples.abs() <= 1).all()
+    noise = torch.randn(9, 1)
+    close(behaviour.squash(actor.net(latent).expand(9, 2), 5.0, noise), torch.tanh(mean + std * noise))
     inside = (samples > 0).double().mean().item()
     assert inside == pytest.approx(torch.distributions.Normal(-mean, std).cdf(torch.tensor(0.0)).item(), abs=0.02)
 
 
-def test_entropy_is_that_of_the_squashed_normal(monkeypatch):
-    """Against -integral of p log p on a grid."""
-    actor, mean, std = Actor(3, 1), torch.tensor([0.4]), torch.tensor([0.7])
-    monkeypatch.setattr(actor, "forward", lambda latent: (mean.expand(len(latent), 1), std.expand(len(latent), 1)))
-    a = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]
-    log_p = torch.distributions.Normal(mean.double(), std.double()).log_prob(a.atanh()) - (1 - a.square()).log()
-    entropy = -torch.trapezoid(log_p.exp() * log_p, a).item()
-    estimates = actor.entropy(torch.zeros(50_000, 3))
-    assert estimates.mean().item() == pytest.approx(entropy, abs=0.02)
+def test_a_horizon_of_one_is_refused():
+    with pytest.raises(ValueError, match="horizon is 1; give 2 or more"):
+        world_agent(horizon=1)
 
 
 # ---- 6. Acting -----------------------------------------------------------------------------------
@@ -363,6 +473,20 @@ def test_exploration_noise_only_with_explore(monkeypatch):
     action, after = act_on(agent, batch, memory, 0, first, explore=True)
     assert action.std().item() == pytest.approx(0.3, rel=0.1) and policies[-1] == agent.actor.sample
     assert torch.equal(after.action, action)
+    agent.sample_in_evaluation = True  # sampled actions, but no noise on them
+    action, after = act_on(agent, batch, memory, 0, first, explore=False)
+    assert (action == 0).all() and policies[-1] == agent.actor.sample
+
+
+@pytest.mark.dev(12)
+def test_evaluation_can_sample_the_actor(monkeypatch):
+    """Sampled, an untrained actor's actions differ from call to call; its modes do not."""
+    take_the_mean(monkeypatch)  # of the states, not of the actions
+    batch, first = random_batch(), torch.ones(B).bool()
+    for act_by, differ in (("sample", True), ("mode", False)):
+        agent = tiny_agent(act_by=act_by)
+        actions = [act_on(agent, batch, agent.initial_memory(B), 0, first)[0] for _ in range(2)]
+        assert torch.equal(*actions) != differ and all((x.abs() <= 1).all() for x in actions)
 
 
 def test_actions_stay_within_their_bounds():
@@ -385,6 +509,23 @@ def test_mpc_follows_the_gradient_of_each_environments_own_return():
     x = start.double() + 0.1 * moves.double().cumsum(0)
     gradient = sum(0.72**k * -2 * x[k] * 0.1 for k in range(H - 1))
     close(action, (moves[0] + 0.5 * gradient).clamp(-1, 1))
+
+
+@pytest.mark.dev(22)
+def test_mpc_avoids_the_end_of_the_episode():
+    """The gradient of sum_k (product of the discounts before k) lambda^k r_k, each discount depending on its state."""
+    agent = world_agent(discount=0.9, return_lambda=0.8, mpc_rate=0.5, continuation=True)
+    agent.critic = lambda latent: torch.zeros(latent.shape[:-1])
+    start, moves = torch.randn(N, 2), torch.rand(H, N, 2) / 2
+    plan = iter(moves)
+    action = agent.plan(Point(start), lambda _: next(plan))
+    first = moves[0].double().requires_grad_()
+    x = start.double() + 0.1 * torch.cat([first.unsqueeze(0), moves[1:].double()]).cumsum(0)
+    total, left = 0.0, torch.ones(N, dtype=torch.float64)
+    for k in range(H - 1):
+        total = total - left * x[k].square().sum(-1)
+        left = left * 0.8 * 0.9 / (1 + (-x[k, :, 0] - 1).exp())
+    close(action, (first + 0.5 * torch.autograd.grad(total.sum(), first)[0]).clamp(-1, 1))
 
 
 @pytest.mark.dev(13)
@@ -427,7 +568,7 @@ def test_mpc_raises_the_planned_return():
 
     def planned_return(first):
         plan = iter([first] + [policy(start)] * (H - 1))
-        return agent.returns(behaviour.imagine(agent.model, lambda _: next(plan), Point(start), H))[0][0]
+        return agent.returns(behaviour.imagine(agent.model, lambda _: next(plan), Point(start), H)[0])[0][0]
 
     without, one = policy(start), agent.plan(Point(start), policy)
     assert (planned_return(one) > planned_return(without)).all()
@@ -465,14 +606,13 @@ def test_a_checkpoint_goes_on_exactly():
 
 def test_imagination_and_returns_compile_into_one_graph(monkeypatch):
     take_the_mean(monkeypatch)
-    agent = tiny_agent()
+    agent = tiny_agent(fast=False)
     state = agent.model.initial_state(N)._replace(h=torch.randn(N, D_H), s_c=torch.randn(N, D_C))
 
     def run(state):
-        latent = behaviour.imagine(agent.model, agent.actor.mode, state, 3)
-        returns, value = agent.returns(latent)
-        weight = torch.ones(2, 1)
-        return latent, behaviour.actor_loss(returns, weight), behaviour.critic_loss(value, returns, weight)
+        latent, action = behaviour.imagine(agent.model, agent.actor.mode, state, 3)
+        returns, value, weight = agent.returns(latent)
+        return latent, action, behaviour.actor_loss(returns, weight), behaviour.critic_loss(value, returns, weight)
 
     for actual, expected in zip(torch.compile(run, fullgraph=True, backend="eager")(state), run(state)):
         close(actual, expected)
@@ -496,17 +636,8 @@ def test_an_update_and_a_decision_never_wait_for_a_value(monkeypatch, method):
     assert action.shape == (B, A)
 
 
-def test_an_update_takes_few_operations():
-    """Each is a kernel on a GPU. Without `unrolled` and `one_kernel` a step of the batch took 100, an imagined one 109."""
-    sizes = {"d_f": 16, "channels": 2, "batch_length": 5, "horizon": 3, "device": "cpu", "precision": "float32"}
-    update, longer, further = (
-        benchmark.count_operators(**sizes | more) for more in ({}, {"batch_length": 6}, {"horizon": 4})
-    )
-    assert longer - update <= 30 and further - update <= 50
-
-
 def test_an_update_leaves_nothing_behind():
-    """The gradients of shared layers pass through a list; a reference too many would keep every graph alive."""
+    """The gradients of `StepLinear`s pass through a list; a reference too many would keep every graph alive."""
     agent, batch = tiny_agent(), random_batch()
 
     def tensors():

@@ -1,27 +1,32 @@
-"""What only a GPU can show: CUDA graphs and compiled kernels compute what the plain functions do."""
+"""What only a GPU can show: CUDA graphs and compiled functions compute what the plain code does."""
 
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
-from conftest import A, B, close, random_batch, tiny_agent, tiny_config
-from test_shapes import FUNCTIONS, parse
+from conftest import A, B, T, close, random_batch, tiny_agent, tiny_config
+from test_fast import CELLS, stance  # noqa: F401  # a fixture
+from test_shapes import parse
 from torch.utils._pytree import tree_map
 
+import fast
 import mssm
-import runs
-import train
+from agent import Agent
 from config import load_config
 from methods import METHODS
 
 pytestmark = pytest.mark.gpu
-WARM_UP = 3  # calls before a graph is recorded
-CELLS = [(function, others) for function, others in FUNCTIONS if hasattr(function, "__wrapped__")]
+WARM_UP = fast.CudaGraph.WARM_UP  # calls before a graph is captured
 
 
-def gpu_agent(**options):
-    return tiny_agent(**{"device": "cuda", "precision": "float32"} | options)
+def gpu_agent(graphs=True, **options):
+    """A tiny agent on the GPU; without graphs its functions and objective are compiled none the less."""
+    agent = tiny_agent(**{"device": "cuda", "precision": "float32"} | options)
+    if not graphs:
+        agent.graphs.clear()
+    return agent
 
 
 def gpu_batch(number=0, steps=5):
@@ -40,16 +45,31 @@ def weights(agent):
     return torch.cat([p.detach().flatten() for m in (agent.model, agent.actor, agent.critic) for p in m.parameters()])
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+def agree(actual, expected, tolerance):
+    for metrics, others in zip(actual, expected, strict=True):
+        assert metrics.keys() == others.keys()
+        for name in metrics:
+            assert metrics[name] == pytest.approx(others[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 1e-3)])
-def test_recorded_and_plain_updates_agree(method, precision, tolerance):
+def test_an_update_as_a_graph_is_the_same(method, precision, tolerance):
     """Five updates from equal seeds and batches; the random numbers are the same, too."""
     options = dict(method=method, precision=precision, deterministic=True)  # Adam magnifies the last bit of a gradient
-    plain = updates(gpu_agent(cuda_graphs=False, **options))
-    recorded = updates(gpu_agent(**options))
-    for expected, actual in zip(plain, recorded):
-        for name in expected:
-            assert actual[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+    agent = gpu_agent(**options)
+    captured = updates(agent)
+    assert len(agent.graphs["update"].graphs) == 1  # and no fall-back
+    agree(captured, updates(gpu_agent(graphs=False, **options)), tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_and_without_fast_updates_agree(method):
+    """Compiled, captured, with one fused Adam, weight gradients in one product: the plain code's numbers."""
+    options = dict(method=method, deterministic=True)
+    quick, plain = gpu_agent(**options), gpu_agent(fast=False, **options)  # the first sets the process's precision
+    assert type(plain) is Agent
+    agree(updates(quick), updates(plain), 1e-4)
 
 
 def test_noise_differs_from_replay_to_replay():
@@ -86,11 +106,11 @@ def test_changed_parameters_are_seen():
         for parameter in agent.model.reward_net.parameters():
             parameter.zero_()
     batch = gpu_batch()
-    expected = (batch["reward"].square().mean() / batch["reward"].var(correction=0)).item()  # of a prediction of 0
-    assert agent.update(batch)["reward_error"].item() == pytest.approx(expected, rel=1e-4)
+    expected = batch["reward"].square().mean().item()  # of a prediction of 0
+    assert agent.update(batch)["reward_square_error"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_checkpoint_can_be_loaded_into_a_recorded_agent():
+def test_a_checkpoint_can_be_loaded_into_an_agent_with_graphs():
     agent, other = gpu_agent(seed=1, deterministic=True), gpu_agent(seed=2, deterministic=True)
     updates(agent)
     updates(other)
@@ -112,21 +132,31 @@ def test_a_checkpoint_moves_between_gpu_and_cpu():
     updates(agent)
 
 
-def test_another_shape_is_recorded_for_itself():
+def test_another_shape_gets_a_graph_of_its_own():
     agent = gpu_agent()
     updates(agent)
     for _ in range(WARM_UP + 2):
         agent.update(gpu_batch(steps=4))
-    assert len(agent.update.graphs) == 2
+    assert len(agent.graphs["update"].graphs) == 2
     assert all(x.isfinite() for x in agent.update(gpu_batch(steps=5)).values())
 
 
+def test_the_world_model_alone_gets_a_graph_of_its_own():
+    agent = gpu_agent()
+    for i in range(WARM_UP + 2):
+        metrics = agent.update(gpu_batch(i), behaviour=False)
+    assert "actor_loss" not in metrics and len(agent.graphs["update"].graphs) == 1
+    updates(agent)
+    assert len(agent.graphs["update"].graphs) == 2
+
+
 @pytest.mark.parametrize("explore", [True, False])
-def test_recorded_and_plain_decisions_agree(explore):
+@pytest.mark.parametrize("options", [dict(graphs=False), dict(fast=False)], ids=str)
+def test_decisions_as_a_graph_are_the_same(explore, options):
     """Over an episode: what the memory holds is carried from replay to replay."""
     batch, actions = gpu_batch(steps=8), []
-    for cuda_graphs in (True, False):
-        agent, taken = gpu_agent(cuda_graphs=cuda_graphs), []
+    for chosen in ({}, options):
+        agent, taken = gpu_agent(**chosen), []
         memory = agent.initial_memory(B)
         torch.manual_seed(0)
         for t in range(8):
@@ -139,9 +169,30 @@ def test_recorded_and_plain_decisions_agree(explore):
     close(*actions)
 
 
+def test_an_update_that_cannot_be_captured_goes_on_plainly(stance, recwarn):  # noqa: F811
+    """One that waits for a value: it says so once, and the random numbers go on."""
+    agent, batch = gpu_agent(graphs=True), gpu_batch()
+    objective = agent.objective
+
+    def waiting(model, filtered, batch):
+        assert batch["reward"].sum().item() >= 0
+        return objective(model, filtered, batch)
+
+    agent.objective = waiting
+    for _ in range(WARM_UP):
+        agent.update(batch)
+    with pytest.warns(UserWarning, match="update could not be compiled or captured on this GPU"):
+        agent.update(batch)
+    recwarn.clear()
+    losses = [float(agent.update(batch)["model_loss"]) for _ in range(3)]
+    assert len(set(losses)) == 3 and list(recwarn) == []
+    updates(gpu_agent(graphs=False))  # nor are others the worse for it
+
+
 @pytest.mark.parametrize("function, others", CELLS, ids=lambda x: getattr(x, "__qualname__", ""))
-def test_compiled_cells_compute_what_they_say(function, others):
+def test_compiled_functions_compute_what_they_say(function, others):
     """Forwards and backwards, on inputs of the shapes in their docstrings."""
+    function = fast.one_kernel(inspect.unwrap(function))
     inputs = {**parse(function)[0], **others}
     if "std" in inputs:
         inputs["std"] = inputs["std"] + mssm.MIN_STD  # no precision of 1e8
@@ -157,22 +208,27 @@ def test_compiled_cells_compute_what_they_say(function, others):
         close(actual.detach().cpu(), expected.detach())
 
 
-@pytest.mark.parametrize("x", [
-    torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8), 12 * torch.rand(5, 64, 64, 1), 12 * torch.rand(5, 64, 64, 1).half(),
-    torch.rand(5, 2), torch.randint(0, 256, (2, 5, 64, 64, 3), dtype=torch.uint8),
-], ids=lambda x: f"{x.dtype} {x.ndim}")  # fmt: skip
-def test_observations_are_normalised_alike(x):
-    close(mssm.normalise(x.cuda()).cpu(), mssm.normalise(x))
+@pytest.mark.parametrize("shape", [(64, 64, 3), (64, 64, 1), (2,)], ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_observations_are_scaled_alike(shape, kind):
+    x, size = 12 * torch.rand(T, B, *shape), shape[-1]
+    x = x.to(torch.uint8 if size == 3 else kind)
+    arguments = x, torch.rand(T, B) > 0.5, torch.rand(size), 1 + torch.rand(size)
+    scale = fast.one_kernel(inspect.unwrap(mssm.scale))
+    close(scale(*(x.cuda() for x in arguments)).cpu(), scale(*arguments))
 
 
 def test_a_run_trains_on_the_gpu_and_goes_on_where_it_was(tmp_path, monkeypatch):
     """`train.main` with its thread of batches, its graphs and a checkpoint."""
+    import checkpoint
+    import train
+
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(
         tiny_config(), task="toy", device="cuda", precision="auto", num_envs=2, steps=600, prefill=200, first_updates=10,
         updates_per_1000=100, eval_every=300, eval_episodes=2, batch_size=4, batch_length=8, capacity=1000, log_every=5,
     )  # fmt: skip
     train.main(config)
-    assert runs.load_checkpoint("runs/toy-mummi-1")["updates"] >= 40
+    assert checkpoint.load_checkpoint("runs/toy-mummi-1")["updates"] >= 40
     train.main(dataclasses.replace(load_config("runs/toy-mummi-1"), steps=900, resume="runs/toy-mummi-1"))
-    assert runs.load_checkpoint("runs/toy-mummi-1")["steps"] >= 900
+    assert checkpoint.load_checkpoint("runs/toy-mummi-1")["steps"] >= 900

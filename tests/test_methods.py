@@ -1,16 +1,22 @@
-"""The five methods: their objectives written out, what its configuration reaches, seeds, schedule."""
+"""The five methods: their objectives written out, what the configuration reaches, seeds, schedule, batches."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODALITIES, B, T, close, observe, random_batch, tiny_agent, tiny_config
+from conftest import D_F, D_H, D_X, MODALITIES, B, Config, T, close, observe, random_batch, tiny_agent, tiny_config  # fmt: skip
 from test_mummi_loss import info_nce_in_python
 from torch.distributions import Normal, kl_divergence
 
-import mssm
-import train
-from config import Config
+import envs
+import methods
+import mummi_loss
+import replay
+from agent import Agent
+from fast import FastAgent, FastMSSM
 from methods import METHODS
+from mssm import MSSM
 
 N = T * B
 
@@ -38,8 +44,8 @@ def mean_bound(log_f, present):
     return info_nce_in_python(log_f, present).sum() / present.sum()
 
 
-def minus_distances(code, x):
-    return -torch.cdist(code.double(), x.flatten(0, 1).double()).square()
+def minus_distances(g_z, x):
+    return -torch.cdist(g_z.double(), x.flatten(0, 1).double()).square()
 
 
 @pytest.mark.fig(3)
@@ -47,18 +53,18 @@ def minus_distances(code, x):
 @pytest.mark.dev(5, 8)
 def test_mummi_sums_a_bound_for_each_expert():
     model, filtered, batch, loss, _ = world_model_loss("mummi", free_nats=0.1)
-    code = model.code(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1)
+    g_z = model.g(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1)
     total = reward_and_kl(model, filtered, batch, 0.1)
     for m, weight in enumerate([1.0, 1.0, 0.001]):  # rgb, depth, touch
-        total += weight * mean_bound(minus_distances(code, filtered.fused.expert_mean[m]), batch["present"][..., m])
+        total += weight * mean_bound(minus_distances(g_z, filtered.fused.expert_mean[:, :, m]), batch["present"][..., m])
     close(loss, -total)
 
 
 @pytest.mark.eq(17)
 def test_mummi_b_has_one_bound_of_the_fused_mean():
     model, filtered, batch, loss, _ = world_model_loss("mummi_b", free_nats=0.1)
-    code = model.code(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1)
-    bound = mean_bound(minus_distances(code, filtered.fused.mean), batch["present"].any(-1))
+    g_z = model.g(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1)
+    bound = mean_bound(minus_distances(g_z, filtered.fused.mean), batch["present"].any(-1))
     close(loss, -(bound + reward_and_kl(model, filtered, batch, 0.1)))
 
 
@@ -76,34 +82,38 @@ def test_elbo_reconstructs_every_modality_that_is_present(method):
     model, filtered, batch, loss, _ = world_model_loss(method, free_nats=0.1)
     decoded, total = model.decode(torch.cat([filtered.s_c, filtered.h], -1)), 0.0
     for m, name in enumerate(MODALITIES):
-        x = mssm.normalise(batch["observation"][name]).double()
+        x = model.scale(batch["observation"], batch["present"])[name].double()
         log_likelihood = Normal(decoded[name].double(), 1.0).log_prob(x).flatten(2).sum(-1)
         total += log_likelihood[batch["present"][..., m]].sum() / N
     close(loss, -(total + reward_and_kl(model, filtered, batch, 0.1)))
 
 
 def test_five_methods_are_five_pairs_of_fusion_and_objective():
-    pairs = {name: (fusion, objective.__name__) for name, (fusion, _, objective) in METHODS.items()}
-    assert pairs == {
-        "mummi": ("product", "mummi"),
-        "mummi_b": ("product", "mummi_b"),
-        "mssm_e": ("product", "elbo"),
-        "cvrl": ("concatenate", "cvrl"),
-        "dreamer": ("concatenate", "elbo"),
+    assert METHODS == {
+        "mummi": ("product", "g", mummi_loss.mummi),
+        "mummi_b": ("product", "g", mummi_loss.mummi_b),
+        "mssm_e": ("product", "decoders", mummi_loss.elbo),
+        "cvrl": ("concatenate", "projections", mummi_loss.cvrl),
+        "dreamer": ("concatenate", "decoders", mummi_loss.elbo),
     }
 
 
 def test_every_size_of_the_configuration_lands_where_it_belongs():
-    """make_agent passes many numbers by position."""
+    """make_agent passes many numbers by name."""
     sizes = dict(d_h=3, d_c=5, d_f=7, hidden=11, units=13, channels=1)
     behaviour = dict(horizon=17, discount=0.9, return_lambda=0.8, clip=19.0, mpc_rate=0.7, mpc_iterations=2, exploration=0.6)
     agent = tiny_agent(**sizes | behaviour)
     assert {name: getattr(agent, name) for name in behaviour} == behaviour
     model = agent.model
-    assert (model.d_h, model.d_c, model.d_f, model.code[0].out_features) == (3, 5, 7, 7)
-    assert model.prior_net[0].out_features == model.posterior_h.out_features == 11
+    assert (model.d_h, model.d_c, model.d_s_f, model.g[0].out_features) == (3, 5, 7, 7)
+    assert model.prior_net[0].out_features == model.posterior_net[0].out_features == 11
     assert model.reward_net[0].out_features == agent.actor.net[0].out_features == agent.critic.net[0].out_features == 13
-    assert model.encoders["rgb"][0].out_channels == 1
+    assert model.encoders[0][0].out_channels == 1
+    rates = tiny_agent(model_lr=1.0, actor_lr=2.0, critic_lr=3.0, initial_std=0.25)
+    assert [optimiser.param_groups[0]["lr"] for optimiser in rates.optimisers.values()] == [1.0, 2.0, 3.0]
+    assert rates.actor.initial_std == 0.25
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert {*methods.MODEL, *methods.BEHAVIOUR} <= fields
 
 
 @pytest.mark.parametrize("field", [
@@ -112,7 +122,8 @@ def test_every_size_of_the_configuration_lands_where_it_belongs():
     pytest.param(dict(prior_if_unobserved=False), marks=pytest.mark.dev(3)),
     pytest.param(dict(absent_logit=-10.0), marks=pytest.mark.dev(4)),
     pytest.param(dict(over_present=False), marks=pytest.mark.dev(5)),
-    pytest.param(dict(touch_weight=1.0), marks=pytest.mark.dev(8)),
+    pytest.param(dict(weights=("touch=1.0",)), marks=pytest.mark.dev(8)),
+    pytest.param(dict(free_nats=100.0), marks=pytest.mark.dev(19)),
     dict(reward_weight=2.0),
 ], ids=lambda field: next(iter(field)))  # fmt: skip
 def test_the_field_of_a_deviation_reaches_the_loss(field):
@@ -122,13 +133,14 @@ def test_the_field_of_a_deviation_reaches_the_loss(field):
 @pytest.mark.eq(9, 17)
 @pytest.mark.dev(6)
 @pytest.mark.parametrize("method", ["mummi", "mummi_b", "mssm_e"])
-def test_the_kl_of_the_fused_code_has_its_weight(method):
+def test_the_kl_of_the_fused_observation_has_its_weight(method):
     """Mean over the steps at which anything is present; at weight 0, the default, no such network exists."""
     assert Config().fused_kl_scale == 0
     agent, batch = tiny_agent(method, fused_kl_scale=10), random_batch()
     model, filtered = agent.model, observe(agent.model, batch)
     with_kl, _ = agent.objective(model, filtered, batch)
-    without, _ = METHODS[method][2](model, filtered, batch, tiny_config(method))
+    lambdas = mummi_loss.Weights({"touch": 0.001}, free_nats=0.0)
+    without, _ = METHODS[method][2](model, filtered, batch, lambdas)
     q = Normal(filtered.fused.mean.double(), filtered.fused.std.double())
     kl = kl_divergence(q, Normal(*(x.double() for x in model.fused_prior(filtered.s_c)))).sum(-1)
     close(with_kl - without, 10 * kl[batch["present"].any(-1)].mean(), 1e-4)
@@ -137,27 +149,116 @@ def test_the_kl_of_the_fused_code_has_its_weight(method):
 @pytest.mark.eq(12)
 def test_logged_information_is_the_bound_plus_log_of_the_number_present():
     model, filtered, batch, _, metrics = world_model_loss("mummi")
-    code = model.code(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1)
+    g_z = model.g(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1)
     for m, name in enumerate(MODALITIES):
         present = batch["present"][..., m]
-        bound = mean_bound(minus_distances(code, filtered.fused.expert_mean[m]), present)
+        bound = mean_bound(minus_distances(g_z, filtered.fused.expert_mean[:, :, m]), present)
         close(metrics[f"information_{name}"], bound + present.sum().log())
+
+
+def test_the_reward_error_is_logged_as_two_sums():
+    """Its mean square and the rewards' variance, whose quotient is taken once over many updates."""
+    model, filtered, batch, _, metrics = world_model_loss(reward_weight=3.0)
+    error = model.reward(torch.cat([filtered.s_c, filtered.h], -1)) - batch["reward"]
+    close(metrics["reward_square_error"], error.double().square().mean())
+    close(metrics["reward_variance"], batch["reward"].double().var(correction=0))
+
+
+@pytest.mark.dev(8)
+def test_each_sensor_has_the_weight_that_its_name_is_given():
+    """Named ones theirs, all others 1; several at once."""
+    batch = random_batch()
+    bounds = []
+    for weights in ((), ("rgb=0",), ("depth=0",), ("touch=0",), ("rgb=2.5", "touch=1e-2")):
+        agent = tiny_agent(weights=weights)
+        torch.manual_seed(1)
+        bounds.append(agent.objective(agent.model, observe(agent.model, batch), batch)[0].item())
+    every, *parts, mixed = bounds
+    rgb, depth, touch = (every - part for part in parts)
+    assert all(abs(x) > 0.1 for x in (rgb, depth, touch))
+    close(mixed - every, 1.5 * rgb - 0.99 * touch, 1e-4)
+
+
+@pytest.mark.dev(22)
+@pytest.mark.parametrize("method", METHODS)
+def test_continuation_adds_the_log_likelihood_of_going_on(method):
+    """log p(continues | z), a Bernoulli's; its weight is 1 whatever the reward's."""
+    agent, batch = tiny_agent(method, continuation="on", reward_weight=7.0), random_batch()
+    torch.nn.init.normal_(agent.model.continuation_net[-1].bias)
+    filtered, continues = observe(agent.model, batch), (torch.rand(T, B) > 0.3).float()
+    with_it, metrics = agent.objective(agent.model, filtered, batch | {"continues": continues})
+    without, fewer = agent.objective(agent.model, filtered, batch)
+    p = torch.sigmoid(agent.model.continuation(torch.cat([filtered.s_c, filtered.h], -1)).double())
+    expected = -torch.where(continues.bool(), p, 1 - p).log().mean()
+    close(with_it - without, expected, 5e-3 if METHODS[method][2] is mummi_loss.elbo else 1e-5)  # of some 20,000 nats
+    assert all(torch.equal(metrics[name], x) for name, x in fewer.items())
+
+
+@pytest.mark.dev(22)
+def test_the_continuation_head_learns_where_episodes_end():
+    """They end where the touch sensors are pressed."""
+    agent, batch = tiny_agent("cvrl", continuation="on", model_lr=3e-3, reward_weight=0.1), random_batch()
+    batch["present"][:] = True
+    batch["observation"]["touch"] = (torch.rand(T, B, 1) > 0.5).float().expand(T, B, 2) * 3
+    batch["continues"] = (batch["observation"]["touch"][..., 0] == 0).float()
+    for _ in range(250):
+        agent.update(batch, behaviour=False)
+    filtered = observe(agent.model, batch)
+    log_odds = agent.model.continuation(agent.model.latent(filtered.h, filtered.s_c))
+    assert ((log_odds > 0) == batch["continues"].bool()).double().mean() > 0.9
+
+
+@pytest.mark.dev(22)
+def test_only_continuation_on_builds_the_head_and_shortens_the_returns():
+    for setting, on in (("on", True), ("off", False)):
+        agent = tiny_agent(continuation=setting)
+        assert agent.continuation == on == hasattr(agent.model, "continuation_net")
+
+
+def test_act_by_decides_how_evaluation_acts():
+    assert [tiny_agent(act_by=by).sample_in_evaluation for by in ("mode", "sample")] == [False, True]
+
+
+def test_fast_is_the_default_and_can_be_left_out():
+    agents = tiny_agent(), tiny_agent(fast=False)
+    assert [(type(agent), type(agent.model)) for agent in agents] == [(FastAgent, FastMSSM), (Agent, MSSM)]
+    a, b = ([p for m in (x.model, x.actor, x.critic) for p in m.parameters()] for x in agents)
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))  # the seed's parameters do not depend on it
+
+
+def test_devices_that_are_not_here_are_refused():
+    assert methods.choose_device("cpu").type == "cpu"
+    assert methods.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", "tpu", "") + (() if torch.cuda.is_available() else ("cuda", "cuda:0")):
+        with pytest.raises(ValueError, match=f"--device {name} is not here: give auto or one of cpu"):
+            methods.choose_device(name)
 
 
 @pytest.mark.dev(15)
 def test_the_seed_decides_every_parameter():
     weights = lambda seed: torch.cat([p.flatten() for p in tiny_agent(seed=seed).model.parameters()])  # noqa: E731
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
-    assert train.seeds(1, 5, count=3) == train.seeds(1, 5, count=3)
-    assert len({*train.seeds(1, 5, count=3), *train.seeds(2, 5, count=3), *train.seeds(1, 6, count=3)}) == 9
+    assert envs.seeds(1, 5, count=3) == envs.seeds(1, 5, count=3)
+    assert len({*envs.seeds(1, 5, count=3), *envs.seeds(2, 5, count=3), *envs.seeds(1, 6, count=3)}) == 9
 
 
 @pytest.mark.dev(16)
 def test_two_million_steps_are_environment_steps():
     """5,000 random steps, 100 updates, then 100 updates per 1,000 environment steps."""
+    import train
+
     config = Config()
     assert config.steps == 2_000_000
     assert [train.updates_due(config, steps) for steps in (0, 4_999, 5_000, 6_000, 2_000_000)] == [0, 0, 100, 200, 199_600]
+
+
+def test_actor_and_critic_start_as_keras():
+    """Zero biases, Glorot uniform kernels."""
+    agent = tiny_agent(units=64)
+    for net in (agent.actor.net, agent.critic.net):
+        for layer in net[::2]:
+            assert (layer.bias == 0).all()
+            assert layer.weight.abs().max().item() == pytest.approx((6 / sum(layer.weight.shape)) ** 0.5, rel=0.05)
 
 
 @pytest.mark.dev(14)
@@ -169,10 +270,8 @@ def small_replay(folder, rows=20):
     """A space, and a replay of one episode whose reward counts the rows."""
     from gymnasium import spaces
 
-    import replay
-
     space = {"touch": spaces.Box(0, 1, (2,), np.float32), "present": spaces.MultiBinary(1)}
-    fields = train.replay_fields(space, 2)
+    fields = replay.replay_fields(space, 2)
     memory = replay.Replay(folder, fields, 50)
     memory.add({key: np.ones((rows, *shape), dtype) for key, (shape, dtype) in fields.items()} | {"reward": np.arange(rows)})
     return memory
@@ -180,7 +279,7 @@ def small_replay(folder, rows=20):
 
 def test_a_training_batch_is_what_update_reads(tmp_path):
     config = tiny_config(batch_size=3, batch_length=7)
-    batch = train.Batches(small_replay(tmp_path), config, np.random.default_rng(0), torch.device("cpu")).next()
+    batch = replay.Batches(small_replay(tmp_path), config, np.random.default_rng(0), torch.device("cpu")).next()
     assert batch["observation"]["touch"].shape == (7, 3, 2) and list(batch["observation"]) == ["touch"]
     assert batch["present"].shape == (7, 3, 1)
     assert batch["action"].shape == (7, 3, 2) and batch["reward"].shape == (7, 3)
@@ -189,7 +288,7 @@ def test_a_training_batch_is_what_update_reads(tmp_path):
 
 def test_batches_drawn_ahead_are_those_that_the_replay_would_draw(tmp_path):
     memory, config = small_replay(tmp_path), tiny_config(batch_size=3, batch_length=7)
-    batches, rng = train.Batches(memory, config, np.random.default_rng(0), torch.device("cpu")), np.random.default_rng(0)
+    batches, rng = replay.Batches(memory, config, np.random.default_rng(0), torch.device("cpu")), np.random.default_rng(0)
     for _ in range(3):
         np.testing.assert_array_equal(batches.next()["reward"], memory.sample(3, 7, rng)["reward"])
     batches.drop()  # a checkpoint: the run goes on, or is resumed, with the generator as it is then
@@ -201,7 +300,7 @@ def test_batches_drawn_ahead_are_those_that_the_replay_would_draw(tmp_path):
 def test_rows_are_overwritten_only_after_they_were_read(tmp_path):
     """The loop settles before it adds an episode: the batch drawn before holds the old rows."""
     memory = small_replay(tmp_path, rows=50)
-    batches = train.Batches(memory, tiny_config(batch_size=30, batch_length=7), np.random.default_rng(0), torch.device("cpu"))
+    batches = replay.Batches(memory, tiny_config(batch_size=30, batch_length=7), np.random.default_rng(0), torch.device("cpu"))
     batches.next()
     batches.settle()
     memory.add({key: np.zeros((50, *c.shape), c.dtype) for key, c in memory.columns.items()})
@@ -220,8 +319,8 @@ def top_level_shapes(method):
 def test_methods_differ_in_fusion_and_heads_and_in_nothing_else():
     shapes = {method: top_level_shapes(method) for method in METHODS}
     own = {
-        "mummi": {"model.experts", "model.code"},
-        "mummi_b": {"model.experts", "model.code"},
+        "mummi": {"model.experts", "model.g"},
+        "mummi_b": {"model.experts", "model.g"},
         "mssm_e": {"model.experts", "model.decoders"},
         "cvrl": {"model.project_x", "model.project_z"},
         "dreamer": {"model.decoders"},
@@ -229,11 +328,12 @@ def test_methods_differ_in_fusion_and_heads_and_in_nothing_else():
     shared = set.intersection(*(set(modules) for modules in shapes.values()))
     for method, modules in shapes.items():
         assert set(modules) - shared == own[method]
-        for name in shared - {"model.posterior_s_f"}:
+        for name in shared - {"model.posterior_net"}:
             assert modules[name] == shapes["mummi"][name], (method, name)
-    for method in ("cvrl", "dreamer"):  # the posterior reads one code, or all features side by side
-        (weight,), (fused_weight,) = (shapes[m]["model.posterior_s_f"] for m in (method, "mummi"))
-        assert weight[0] == fused_weight[0] and weight[1] == len(MODALITIES) * 64
+    for method in ("cvrl", "dreamer"):  # the posterior reads s^f, or all features side by side, and h
+        (weight, *rest), (fused_weight, *fused_rest) = (shapes[m]["model.posterior_net"] for m in (method, "mummi"))
+        assert rest == fused_rest and weight[0] == fused_weight[0]
+        assert (weight[1], fused_weight[1]) == (len(MODALITIES) * D_X + D_H, D_F + D_H)
     assert shapes["mummi"] == shapes["mummi_b"]
     assert shapes["mssm_e"]["model.decoders"] == shapes["dreamer"]["model.decoders"]
 

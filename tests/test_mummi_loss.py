@@ -75,20 +75,20 @@ def test_mean_over_counts_present_rows_alone():
 
 @pytest.mark.eq(16)
 def test_log_density_ratio_is_minus_the_squared_distance():
-    code, expert_mean = torch.randn(N, 16), torch.randn(N, 16)
-    expected = [[-sum((e - c) ** 2 for c, e in zip(z, x)) for x in expert_mean.tolist()] for z in code.tolist()]
-    close(ml.log_density_ratio(code, expert_mean), expected)
+    g_z, expert_mean = torch.randn(N, 16), torch.randn(N, 16)
+    expected = [[-sum((e - c) ** 2 for c, e in zip(z, x)) for x in expert_mean.tolist()] for z in g_z.tolist()]
+    close(ml.log_density_ratio(g_z, expert_mean), expected)
 
 
 @pytest.mark.dev(14)
 def test_log_density_ratio_stays_in_float32_under_autocast():
-    code, expert_mean = torch.randn(2, N, 64)
-    distances = torch.cdist(code.double(), expert_mean.double()).square()
+    g_z, expert_mean = torch.randn(2, N, 64)
+    distances = torch.cdist(g_z.double(), expert_mean.double()).square()
     with torch.autocast("cpu", torch.bfloat16):
-        close(ml.log_density_ratio(code, expert_mean), -distances)
-        close(ml.log_inner_product(code, expert_mean), code.double() @ expert_mean.double().T)
+        close(ml.log_density_ratio(g_z, expert_mean), -distances)
+        close(ml.log_inner_product(g_z, expert_mean), g_z.double() @ expert_mean.double().T)
         for function in (ml.log_density_ratio, ml.log_inner_product):
-            assert function(code.bfloat16(), expert_mean.bfloat16()).dtype == torch.float32
+            assert function(g_z.bfloat16(), expert_mean.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.eq(14)
@@ -122,20 +122,20 @@ def test_what_is_absent_changes_no_bound():
 
 
 def test_nothing_present_is_zero_with_finite_gradients():
-    code, expert_mean = torch.randn(2, N, D, requires_grad=True).unbind()
-    code.retain_grad()
+    g_z, expert_mean = torch.randn(2, N, D, requires_grad=True).unbind()
+    g_z.retain_grad()
     present = torch.zeros(N).bool()
-    bound = ml.info_nce(ml.log_density_ratio(code, expert_mean), present)
+    bound = ml.info_nce(ml.log_density_ratio(g_z, expert_mean), present)
     loss = ml.mummi_loss({"rgb": bound}, {"rgb": present}, {"rgb": 1.0}, torch.zeros(N), torch.zeros(N), 0.0)
     loss.backward()
     assert torch.equal(bound, torch.zeros(N)) and loss == 0
-    assert torch.equal(code.grad, torch.zeros(N, D))
+    assert torch.equal(g_z.grad, torch.zeros(N, D))
     assert ml.mutual_information(bound, present) == 0
 
 
 def test_absent_observations_get_no_gradient():
-    code, expert_mean, present = torch.randn(N, D), torch.randn(N, D, requires_grad=True), absent_some()
-    ml.info_nce(ml.log_density_ratio(code, expert_mean), present).sum().backward()
+    g_z, expert_mean, present = torch.randn(N, D), torch.randn(N, D, requires_grad=True), absent_some()
+    ml.info_nce(ml.log_density_ratio(g_z, expert_mean), present).sum().backward()
     assert expert_mean.grad.isfinite().all()
     assert torch.equal(expert_mean.grad.abs().sum(-1) > 0, present)
 
@@ -235,17 +235,17 @@ def test_an_absent_modality_adds_no_likelihood():
 def test_every_loss_compiles_into_one_graph():
     """fullgraph=True: nothing branches on data or moves a value to the host."""
     terms, present, log_reward, kl = random_terms()
-    code, expert_mean = torch.randn(2, N, D)
+    g_z, expert_mean = torch.randn(2, N, D)
 
-    def losses(code, expert_mean, present, log_reward, kl):
-        bounds = {k: ml.info_nce(ml.log_density_ratio(code, expert_mean), present[k]) for k in present}
-        nats = ml.mutual_information(bounds["rgb"], present["rgb"]) + ml.log_inner_product(code, code).mean()
+    def losses(g_z, expert_mean, present, log_reward, kl):
+        bounds = {k: ml.info_nce(ml.log_density_ratio(g_z, expert_mean), present[k]) for k in present}
+        nats = ml.mutual_information(bounds["rgb"], present["rgb"]) + ml.log_inner_product(g_z, g_z).mean()
         weights = {"rgb": 1.0, "touch": 0.001}
-        kl = kl + ml.gaussian_kl(code, code.exp(), expert_mean, expert_mean.exp())
-        log_reward = log_reward + ml.gaussian_log_prob(code, expert_mean, 1)
+        kl = kl + ml.gaussian_kl(g_z, g_z.exp(), expert_mean, expert_mean.exp())
+        log_reward = log_reward + ml.gaussian_log_prob(g_z, expert_mean, 1)
         return ml.mummi_loss(bounds, present, weights, log_reward, kl), ml.elbo_loss(bounds, present, log_reward, kl), nats
 
-    arguments = (code, expert_mean, present, log_reward, kl)
+    arguments = (g_z, expert_mean, present, log_reward, kl)
     compiled = torch.compile(losses, fullgraph=True, backend="eager")(*arguments)
     for actual, expected in zip(compiled, losses(*arguments)):
         close(actual, expected)

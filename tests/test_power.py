@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import test_agent
 import test_envs
+import test_fast
 import test_methods
 import test_mssm
 import test_mummi_loss
@@ -19,13 +20,14 @@ import test_train
 import agent
 import envs
 import evaluate
-import methods
+import fast
 import mssm
 import mummi_loss
 import replay
 import train
 
-make = test_envs.make  # the fixture that its tests ask for
+make = test_envs.make  # the fixtures that their tests ask for
+float64, stance = test_fast.float64, test_fast.stance
 
 FAULTS = [  # name, function, its text, the fault, the test that must fail
     # Fusion and inference, Eq. (11)
@@ -35,22 +37,42 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mssm.test_product_of_experts_is_the_normalised_product_of_densities),
     ("absent experts kept", mssm.product_of_experts, " * present.unsqueeze(-1)", "",
      test_mssm.test_product_of_experts_drops_the_absent),
-    ("mean of the code, not a sample", mssm.MSSM.fuse, "sample(mean, std) if self.sample_s_f else mean", "mean",
-     test_mssm.test_the_fused_code_is_sampled_from_the_product),
-    ("mask on the wrong axis", mssm.MSSM.observe, "present.movedim(-1, 0)", "present.movedim(1, 0)",
+    ("mean of s^f, not a sample", mssm.MSSM.fuse, "mean + std * torch.randn_like(std) if self.sample_s_f else mean", "mean",
+     test_mssm.test_the_fused_observation_is_sampled_from_the_product),
+    ("mask of another sensor", mssm.MSSM.fuse, "expert_std, present, self", "expert_std, present.flip(-1), self",
      test_mssm.test_the_mask_has_one_column_a_modality_in_their_order),
-    ("missing not zero-filled", mssm.MSSM.fuse, "features * present.unsqueeze(-1)", "features",
+    ("missing not zero-filled", mssm.MSSM.fuse, "x * present[..., m, None]", "x",
      test_mssm.test_concatenation_has_zeros_where_missing),
-    ("prior for posterior", mssm.observed_or_prior, "torch.where(observed, q, p)", "p",
-     test_mssm.test_posterior_is_one_layer_of_the_code_and_h_together),
-    ("not the prior when nothing is present", mssm.observed_or_prior, "torch.where(observed, q, p)", "q",
+    ("s^f in the place of h", mssm.MSSM.posterior_from_h, "[:, self.d_s_f :]", "[:, : self.d_h]",
+     test_mssm.test_posterior_is_one_layer_of_s_f_and_h_together),
+    ("prior for posterior", mssm.posterior_or_prior, "torch.where(observed, mean, prior_mean)", "prior_mean",
+     test_mssm.test_posterior_is_one_layer_of_s_f_and_h_together),
+    ("not the prior when nothing is present", mssm.posterior_or_prior, "torch.where(observed, mean, prior_mean)", "mean",
      test_mssm.test_nothing_present_leaves_exactly_the_prior),
-    ("action shifted by one", mssm.MSSM.observe, "zip(action, from_s_f,", "zip(action.roll(1, 0), from_s_f,",
+    ("not the prior's spread when nothing is present", mssm.posterior_or_prior, "torch.where(observed, std, prior_std)", "std",
+     test_mssm.test_nothing_present_leaves_exactly_the_prior),
+    ("mean of s^c, not a sample", mssm.posterior_or_prior, "mean + std * noise", "mean",
+     test_mssm.test_s_c_is_a_sample_of_the_posterior),
+    ("action shifted by one", mssm.MSSM.observe, "(state, action[t])", "(state, action[t - 1])",
      test_mssm.test_h_depends_on_the_action_that_led_to_it),
-    ("a look into the future", mssm.MSSM.observe, "zip(action, from_s_f,", "zip(action, from_s_f.flip(0),",
+    ("a look into the future", mssm.MSSM.observe, "(from_s_f[t], h)", "(from_s_f[-1 - t], h)",
      test_mssm.test_the_posterior_does_not_see_the_future),
-    ("depth not clipped", mssm.normalise, ".clamp(0, MAX_DEPTH)", "",
-     test_mssm.test_normalise_scales_each_kind_of_observation),
+    ("an expert's share where it is absent", mssm.MSSM.expert_shares, ".mean(-1) * present", ".mean(-1)",
+     test_mssm.test_experts_shares_are_their_precisions_and_sum_to_one),
+
+    # What a sensor may say
+    ("depth not clipped", mssm.scale, ".clamp(0, MAX_DEPTH)", "",
+     test_mssm.test_scale_knows_each_kind_of_observation),
+    ("absent NaN reaches the arithmetic", mssm.scale, "torch.where(present[(...,) + (None,) * axes], x.float(), 0)", "x.float()",
+     test_mssm.test_absent_values_never_reach_the_arithmetic),
+    ("absent NaN masked by a product", mssm.scale, "torch.where(present[(...,) + (None,) * axes], x.float(), 0)",
+     "present[(...,) + (None,) * axes] * x.float()", test_mssm.test_absent_values_never_reach_the_arithmetic),
+    ("a vector's statistics are not used", mssm.scale, "else (x - mean) / std", "else x",
+     test_mssm.test_a_vector_is_read_and_predicted_as_its_statistics_scale_it),
+    ("a vector's spread is not used", mssm.scale, "(x - mean) / std\n", "(x - mean)\n",
+     test_mssm.test_a_vector_is_read_and_predicted_as_its_statistics_scale_it),
+    ("bytes taken for a vector", mssm.check_observation, "not x.is_floating_point()", "False",
+     test_mssm.test_nothing_is_taken_for_something_else),
 
     # Objectives, Eq. (10), (15)-(17)
     ("-100 for -inf", mummi_loss.info_nce, ", absent_logit)", ", -100)",
@@ -72,14 +94,20 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_mummi_loss.test_free_nats_apply_to_the_mean_kl_not_to_each_step),
     ("free nats per step, ELBO", mummi_loss.elbo_loss, "kl.mean().clamp(min=free_nats)", "kl.clamp(min=free_nats).mean()",
      test_mummi_loss.test_free_nats_apply_to_the_mean_kl_not_to_each_step),
-    ("rewards shifted by one step", methods.shared_terms, 'batch["reward"].flatten()', 'batch["reward"].roll(1, 0).flatten()',
+    ("rewards shifted by one step", mummi_loss.shared_terms, 'batch["reward"].flatten()', 'batch["reward"].roll(1, 0).flatten()',
      test_methods.test_mummi_sums_a_bound_for_each_expert),
     ("absent modalities reconstructed", mummi_loss.elbo_loss, "torch.where(present[name], log_likelihood, 0.0)", "log_likelihood",
      test_mummi_loss.test_an_absent_modality_adds_no_likelihood),
     ("lambda^m dropped", mummi_loss.mummi_loss, "weights[name] *", "1.0 *",
      test_mummi_loss.test_mummi_loss_is_the_sum_written_out),
-    ("touch weighs as much as images", methods.mummi, 'config.touch_weight if name == "touch" else 1.0', "1.0",
+    ("touch weighs as much as images", mummi_loss.contrastive_loss, "weights.modalities.get(name, 1.0)", "1.0",
      test_methods.test_mummi_sums_a_bound_for_each_expert),
+    ("another sensor's mask in its bound", mummi_loss.mummi, "filtered.present.flatten(0, 1)", "filtered.present.flip(-1).flatten(0, 1)",
+     test_methods.test_mummi_sums_a_bound_for_each_expert),
+    ("ends learnt for goings-on", mummi_loss.shared_terms, "(log_odds, continues,", "(log_odds, 1 - continues,",
+     test_methods.test_continuation_adds_the_log_likelihood_of_going_on),
+    ("goings-on made unlikely", mummi_loss.shared_terms, "log_reward - F.binary", "log_reward + F.binary",
+     test_methods.test_continuation_adds_the_log_likelihood_of_going_on),
 
     # Behaviour, Eq. (18), (19)
     ("lambda^n for lambda^(n-1)", agent.lambda_return, "(1 - lambda_) *", "(1 - lambda_) * lambda_ *",
@@ -90,6 +118,20 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_agent.test_lambda_return_is_the_weighted_sum_of_n_step_returns),
     ("rewards one step early", agent.Agent.returns, "reward(latent[:-1])", "reward(latent[1:])",
      test_agent.test_update_minimises_both_objectives_of_the_imagined_states),
+    ("ends one step early", agent.Agent.returns, "continuation(latent[:-1])", "continuation(latent[1:])",
+     test_agent.test_where_an_episode_may_end_its_future_counts_less),
+    ("ends do not shorten the returns", agent.Agent.returns, "discount = discount * torch.sigmoid", "_ = discount * torch.sigmoid",
+     test_agent.test_where_an_episode_may_end_its_future_counts_less),
+    ("log odds for a probability", agent.Agent.returns, "torch.sigmoid(self.model.continuation(latent[:-1]))",
+     "self.model.continuation(latent[:-1])", test_agent.test_update_minimises_both_objectives_where_episodes_may_end),
+    ("ends asked for unasked", agent.Agent.returns, "if self.continuation:", "if True:",
+     test_agent.test_where_an_episode_may_end_its_future_counts_less),
+    ("weights one step early", agent.Agent.returns, "discount[:-1]]).cumprod", "discount[1:]]).cumprod",
+     test_agent.test_where_an_episode_may_end_its_future_counts_less),
+    ("weights that are learnt", agent.Agent.returns, "weight.detach()", "weight",
+     test_agent.test_an_action_is_blamed_for_the_end_it_leads_to_but_weights_are_no_way_to_learn),
+    ("behaviour learnt unasked", agent.Agent.update, "if behaviour:", "if True:",
+     test_agent.test_the_world_model_can_learn_alone),
     ("target not detached", agent.critic_loss, "returns.detach()", "returns",
      test_agent.test_critic_loss_treats_the_returns_as_targets),
     ("actor's gradient reaches the model", agent.Agent.optimise, "inputs=parameters[name], ", "",
@@ -111,12 +153,40 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_agent.test_acting_filters_as_training_does),
     ("exploration noise in evaluation", agent.Agent.act, "if explore:", "if True:",
      test_agent.test_exploration_noise_only_with_explore),
+    ("evaluation never samples", agent.Agent.act, "explore or self.sample_in_evaluation", "explore",
+     test_agent.test_evaluation_can_sample_the_actor),
     ("memory kept across episodes", agent.Agent.act, "self.forget(memory, first)", "memory",
      test_agent.test_an_episodes_first_decision_forgets_the_memory),
     ("MPC by environment 0 alone", agent.Agent.plan, "[0].sum()", "[0][0]",
      test_agent.test_mpc_follows_the_gradient_of_each_environments_own_return),
     ("MPC downhill", agent.Agent.plan, "(a + self.mpc_rate", "(a - self.mpc_rate",
      test_agent.test_mpc_raises_the_planned_return),
+
+    # What is fast
+    ("layers of a group exchanged", fast.Steps.__call__, "zip(self.layers,", "zip(reversed(self.layers),",
+     test_fast.test_layers_that_read_the_same_share_a_product_and_each_gets_its_own_gradient),
+    ("a group's products kept for another input", fast.Steps.__call__, "x is not self.x", "self.x is None",
+     test_fast.test_layers_that_read_the_same_share_a_product_and_each_gets_its_own_gradient),
+    ("steps shared between passes", fast.Parameters.backward, "ctx.passed[torch._C._current_graph_task_id()]",
+     "[step for steps in ctx.passed.values() for step in steps]",
+     test_fast.test_a_backward_pass_that_needs_no_parameters_leaves_nothing_to_the_next),
+    ("the last step's gradient alone", fast.Parameters.backward, "zip(*steps)", "zip(*steps[:1])",
+     test_fast.test_the_gradient_for_all_steps_at_once_is_the_sum_over_the_steps),
+    ("a bias without its gradient", fast.Parameters.backward, "gradient.sum(0)", "0 * gradient.sum(0)",
+     test_fast.test_with_and_without_it_an_update_is_the_same),
+    ("second derivatives let through", fast.refuse_second_derivatives, "torch.is_grad_enabled()", "False",
+     test_fast.test_second_derivatives_are_refused_and_right_without_it),
+    ("the inputs' errors taken for a GPU's", fast.FastAgent.run, "except ValueError:", "except KeyError:",
+     test_fast.test_what_is_wrong_with_the_inputs_is_no_reason_to_go_on_plainly),
+    ("graphs tried again and again", fast.FastAgent.go_on_plainly, "self.graphs.clear()", "self.cuda = True",
+     test_fast.test_where_a_graph_cannot_be_captured_it_goes_on_plainly_and_says_so_once),
+    ("products in bfloat16 for speed", fast.faster_exact_product, "error < 1e-5 and ", "",
+     test_fast.test_the_faster_product_is_taken_if_it_is_float32),
+    ("slower products", fast.faster_exact_product, "one_dnn < 0.9 * mkl", "True",
+     test_fast.test_the_faster_product_is_taken_if_it_is_float32),
+    ("the process's precision changed by a measurement", fast.faster_exact_product,
+     "    torch.set_float32_matmul_precision(before)\n", "",
+     test_fast.test_the_faster_product_is_taken_if_it_is_float32),
 
     # What is missing, and what is seen in evaluation
     ("28 % missing, not 37.5 %", envs.missing_schedule, "total = round(rate * steps)", "total = round(0.752 * rate * steps)",
@@ -141,17 +211,26 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      "np.array_equal(serials[start : start + rows], np.full(rows, serial))", "serial in serials[start : start + rows]",
      test_replay.test_reopened_it_does_not_draw_what_was_overwritten_since),
 ]  # fmt: skip
-CHOSEN = dict(method="mummi", steps=501, rate=0.375, max_length=14)  # for a test that runs for several
+CHOSEN = dict(  # for a test that runs for several
+    method="mummi", steps=501, rate=0.375, max_length=14, axes=(5, 7), nonsense=float("nan"), fusion="product", fast=True,
+    change=dict(touch=test_mssm.uint8(2)), message="'touch' is torch.uint8", bfloat16=False,
+)  # fmt: skip
+PRODUCTS = {  # seconds, and whether oneDNN's is exact, by the fault that only they show
+    "products in bfloat16 for speed": dict(one_dnn=0.5, mkl=1.0, exact=False, expected="highest", before="highest"),
+    "slower products": dict(one_dnn=1.0, mkl=0.5, exact=True, expected="highest", before="highest"),
+    "the process's precision changed by a measurement": dict(one_dnn=0.5, mkl=1.0, exact=True, expected="medium", before="highest"),
+}
 
 
-@pytest.mark.parametrize("function, text, fault, test", [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
-def test_a_planted_fault_fails_its_test(monkeypatch, request, function, text, fault, test):
+@pytest.mark.parametrize("name, function, text, fault, test", FAULTS, ids=[row[0] for row in FAULTS])
+def test_a_planted_fault_fails_its_test(monkeypatch, request, name, function, text, fault, test):
     function = inspect.unwrap(function)  # as it is before a GPU compiles it
     source, planted = textwrap.dedent(inspect.getsource(function)), {}
     assert source.count(text) == 1, f"write the fault anew: {text!r} is not once in {function.__qualname__}"
     exec(source.replace(text, fault), function.__globals__, planted)
     monkeypatch.setattr(function, "__code__", inspect.unwrap(planted[function.__name__]).__code__)  # for all who hold it
+    chosen = CHOSEN | PRODUCTS.get(name, {})
     names = inspect.signature(test).parameters
-    arguments = {name: CHOSEN[name] if name in CHOSEN else request.getfixturevalue(name) for name in names}
-    with pytest.raises(AssertionError):
+    arguments = {name: chosen[name] if name in chosen else request.getfixturevalue(name) for name in names}
+    with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter: what should be raised was not
         test(**arguments)

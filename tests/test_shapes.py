@@ -13,11 +13,11 @@ import torch
 from conftest import MODALITIES
 
 import agent
+import fast
 import methods
 import mssm
 import mummi_loss
 import replay
-from config import Config
 
 # Primes, all different, but for what is made of others: D_z = D_h + D_c, D_x = 32 channels.
 SIZES = dict(T=2, B=5, M=3, hidden=31, A=7, H=11, N=13, D=17, D_h=19, D_c=23, D_z=19 + 23, D_f=29, D_x=32, L=59)
@@ -27,17 +27,15 @@ ROW = re.compile(r"(\w+(?:, \w+)*)  +(\S.*)")
 BOOL = ("present", "observed")
 
 model = mssm.MSSM(MODALITIES, SIZES["A"], d_h=SIZES["D_h"], d_c=SIZES["D_c"], d_f=SIZES["D_f"], units=8, hidden=31,
-                  channels=1, fused_prior=True)  # fmt: skip
-behaviour = agent.Agent(model, methods.mummi, SIZES["A"], units=8, horizon=SIZES["H"])
+                  channels=1, fused_prior=True, continuation=True)  # fmt: skip
+behaviour = agent.Agent(model, mummi_loss.mummi, SIZES["A"], units=8, horizon=SIZES["H"])
 start = mssm.State(torch.randn(SIZES["N"], SIZES["D_h"]), torch.randn(SIZES["N"], SIZES["D_c"]))
 
 FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (mssm.gaussian, {}),
     (mssm.sample, {}),
-    (mssm.sample_from, {}),
-    (mssm.shift, {}),
-    (mssm.elu_of_sum, {}),
-    (mssm.observed_or_prior, {}),
+    (mssm.add_elu, {}),
+    (mssm.posterior_or_prior, {}),
     (agent.tanh_normal, dict(initial_std=5.0)),
     (agent.squash, dict(initial_std=5.0)),
     (mssm.product_of_experts, {}),
@@ -47,7 +45,9 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (model.fused_prior, {}),
     (model.latent, {}),
     (model.reward, {}),
+    (model.continuation, {}),
     (model.posterior, {}),
+    (model.posterior_from_h, {}),
     (mummi_loss.gaussian_log_prob, dict(event_dims=len(EVENT))),
     (mummi_loss.gaussian_kl, {}),
     (mummi_loss.mean_over, {}),
@@ -60,19 +60,26 @@ FUNCTIONS = [  # and the arguments for which a docstring gives no shape
     (behaviour.actor.forward, {}),
     (behaviour.actor.sample, {}),
     (behaviour.actor.mode, {}),
-    (behaviour.actor.entropy, {}),
     (behaviour.critic.forward, {}),
     (agent.imagine, dict(model=model, policy=behaviour.actor.sample, state=start, horizon=SIZES["H"])),
     (agent.lambda_return, dict(lambda_=0.5)),
     (agent.actor_loss, {}),
     (agent.critic_loss, {}),
     (behaviour.returns, {}),
+    (behaviour.imagine, dict(policy=behaviour.actor.sample, state=start)),
 ]
 BY_HAND = {  # take or return states and dictionaries: the last tests
-    "normalise", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.encode", "MSSM.fuse", "Steps.__call__", "MSSM.observe",
+    "scale", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.scale", "MSSM.encode", "MSSM.fuse", "MSSM.expert_shares",
+    "MSSM.observe", "Steps.__call__", "contrastive_loss",
     "Agent.update", "Agent.act", "Agent.forget", "Agent.plan", "Column.read", "Column.write", "Replay.add",
     "Replay.record", "Replay.sample", "Replay.choose", "Replay.buffers", "Replay.read", "shared_terms",
 }  # fmt: skip
+
+
+def random_observation(*steps):
+    """uint8 colour, all else float."""
+    observation = {name: torch.rand(*steps, *shape) for name, shape in MODALITIES.items()}
+    return observation | {"rgb": (255 * observation["rgb"]).to(torch.uint8)}
 
 
 def sizes(shape):
@@ -130,8 +137,7 @@ def test_docstring_shapes_are_true(function, others):
 @pytest.mark.parametrize("kind", [mssm.State, mssm.Fused, mssm.Filtered])
 def test_shape_comments_of_what_observe_returns_are_true(kind):
     T, B, A = (SIZES[letter] for letter in "TBA")
-    observation = {name: torch.rand(T, B, *shape) for name, shape in MODALITIES.items()}
-    filtered = model.observe(observation, torch.ones(T, B, 3), torch.rand(T, B, A))
+    filtered = model.observe(random_observation(T, B), torch.ones(T, B, 3), torch.rand(T, B, A))
     value = {mssm.State: mssm.State(filtered.h, filtered.s_c), mssm.Fused: filtered.fused, mssm.Filtered: filtered}[kind]
     comments = dict(re.findall(r"^    (\w+): torch.Tensor.*# (\([^)]*\))", inspect.getsource(kind), re.MULTILINE))
     assert len(comments) >= 2
@@ -143,7 +149,7 @@ def test_every_docstring_with_shapes_is_checked():
     """Above from its rows, or below by hand."""
     checked = {function.__qualname__ for function, _ in FUNCTIONS} | BY_HAND
     promising = set()
-    for module in (mssm, mummi_loss, agent, replay, methods):
+    for module in (mssm, mummi_loss, agent, replay, methods, fast):
         own = [x for x in vars(module).values() if getattr(x, "__module__", "") == module.__name__]
         functions = [f for x in own for f in (vars(x).values() if inspect.isclass(x) else [x]) if inspect.isfunction(f)]
         shape = r"\((?:T|B|N|M|H|L|\.\.\.)(?:,| -)"
@@ -156,28 +162,39 @@ def test_every_docstring_with_shapes_is_checked():
 def batch():
     """T steps of B sequences, with the letters' sizes."""
     T, B, M, A = (SIZES[letter] for letter in "TBMA")
-    observation = {name: torch.rand(T, B, *shape) for name, shape in MODALITIES.items()}
-    return {"observation": observation, "present": torch.rand(T, B, M) > 0.3, "action": torch.rand(T, B, A),
+    return {"observation": random_observation(T, B), "present": torch.rand(T, B, M) > 0.3, "action": torch.rand(T, B, A),
             "reward": torch.rand(T, B)}  # fmt: skip
 
 
 def test_shapes_of_what_the_model_makes_of_dictionaries(batch):
-    T, B, M, A, N, C = *(SIZES[letter] for letter in "TBMAN"), 1
-    for x in (torch.zeros(T, B, 64, 64, 3, dtype=torch.uint8), torch.zeros(T, B, 64, 64, C), torch.zeros(T, B, 17)):
-        assert mssm.normalise(x).shape == x.shape
-    layers = [mssm.StepLinear(17, 5), mssm.StepLinear(17, 3)]
-    assert [x.shape for x in mssm.Steps(layers)(torch.rand(B, 17)).values()] == [(B, 5), (B, 3)]
-    features = model.encode(batch["observation"])
-    assert features.shape == sizes("(M, T, B, D_x)")
-    fused = model.fuse(torch.rand(M, *ELLIPSIS, SIZES["D_x"]), torch.ones(M, *ELLIPSIS).bool())
+    T, B, M, A, N = (SIZES[letter] for letter in "TBMAN")
+    present = batch["present"]
+    for x in (torch.zeros(*ELLIPSIS, 64, 64, 3, dtype=torch.uint8), torch.zeros(*ELLIPSIS, 64, 64, 1), torch.zeros(*ELLIPSIS, 17)):
+        scaled = mssm.scale(x, torch.ones(ELLIPSIS).bool(), torch.tensor(0.0), torch.tensor(1.0))
+        assert scaled.shape == x.shape and scaled.dtype == torch.float32
+    assert {name: x.shape for name, x in model.scale(batch["observation"], present).items()} == {
+        name: (T, B, *shape) for name, shape in MODALITIES.items()
+    }
+    layers = {torch.nn.Linear(17, size): None for size in (5, 3)}
+    steps = fast.Steps({layer: (layer.weight, layer.bias) for layer in layers})
+    assert [x.shape for x in steps(torch.rand(B, 17)).values()] == [(B, 5), (B, 3)]
+    features = model.encode(batch["observation"], present)
+    assert [x.shape for x in features] == M * [sizes("(T, B, D_x)")]
+    features, everything = list(torch.rand(M, *ELLIPSIS, SIZES["D_x"])), torch.ones(*ELLIPSIS, M).bool()
+    fused = model.fuse(features, everything)
     assert fused.s_f.shape == sizes("(..., D_f)") and fused.observed.shape == ELLIPSIS
+    assert model.expert_shares(fused, everything).shape == sizes("(..., M)")
     filtered = model.observe(**{name: batch[name] for name in ("observation", "present", "action")})
     state = model.state(filtered)
     assert (state.h.shape, state.s_c.shape) == ((T * B, SIZES["D_h"]), (T * B, SIZES["D_c"]))
     state = model.imagine_step(start, torch.rand(N, A))
     assert (state.h.shape, state.s_c.shape) == (sizes("(N, D_h)"), sizes("(N, D_c)"))
-    latent, log_reward, kl, _ = methods.shared_terms(model, filtered, batch, Config())
+    latent, log_reward, kl, metrics = mummi_loss.shared_terms(model, filtered, batch, mummi_loss.Weights())
     assert (latent.shape, log_reward.shape, kl.shape) == ((T * B, SIZES["D_z"]), (T * B,), (T * B,))
+    assert {x.shape for x in metrics.values()} == {()}
+    log_f, rows = {"rgb": torch.rand(N, N)}, {"rgb": torch.rand(N) > 0.3}
+    loss, nats = mummi_loss.contrastive_loss(log_f, rows, torch.rand(N), torch.rand(N), mummi_loss.Weights())
+    assert loss.shape == () and {name: x.shape for name, x in nats.items()} == {"information_rgb": ()}
     decoding = mssm.MSSM(MODALITIES, A, heads="decoders", channels=1, d_h=SIZES["D_h"], d_c=SIZES["D_c"])
     decoded = decoding.decode(latent.unflatten(0, (T, B)))
     assert {name: x.shape[2:] for name, x in decoded.items()} == MODALITIES
