@@ -1,7 +1,7 @@
 """Moving backgrounds from files: find the clips of a source, split them, and read them as frames.
 
-A source is a video, an array (.npy, or CVRL's natural_train.pkl), or a folder of videos or of folders of frames. Several
-forms of a clip, as in DAVIS (480p, Full-Resolution) and ILSVRC-VID (frames, snippets), count once; masks do not count.
+A source is a video, an array (.npy, or CVRL's natural_train.pkl), or a folder of videos or of folders of frames. Forms
+of one clip, as in DAVIS (480p, Full-Resolution) and ILSVRC-VID (frames, snippets), count once; masks do not count.
 
     draw = open_clips("DAVIS", "train")
     frames = draw(np.random.default_rng(0))     # an endless iterator of (64, 64, 3) uint8

@@ -1,8 +1,7 @@
 """Environments with several sensors, each of which drops out now and then.
 
-`MissingSensors` is a Gymnasium wrapper around any environment with continuous observations. The tasks of
-the paper are ordinary environments inside it: Multi-Modal Natural MuJoCo (Fig. 4), Table Wiping (Fig. 6,
-in `wiping.py`) and the 2-D toy world (Fig. 1, 19, 20).
+`MissingSensors` is a Gymnasium wrapper around any environment with continuous observations. The paper's tasks are plain
+environments inside it: Multi-Modal Natural MuJoCo (Fig. 4), Table Wiping (`wiping.py`), the toy world (Fig. 1, 19, 20).
 
     M          number of sensors, in the order of the observation space
     present    (M,) int8, 1 where the sensor was observed; the reading of a missing sensor is zero
@@ -13,26 +12,25 @@ in `wiping.py`) and the 2-D toy world (Fig. 1, 19, 20).
     observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
     envs = make_vector_env("toy", num_envs=8, seed=0)       # eight worker processes
 
-A sensor's space says what it is: uint8 of three axes is a colour image, float of three axes a depth image
-in metres, one axis a vector.
+A sensor's space says what it is: uint8 of three axes is colour, float of three axes depth in metres, one axis a vector.
 """
 
 import atexit
-import functools
+import errno
 import itertools
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.async_vector_env import _async_worker
 
@@ -40,6 +38,7 @@ SIZE = 64  # pixels, height and width of every image
 MAX_DEPTH = 10.0  # metres, where depth is cut off
 IMAGE = Box(0, 255, (SIZE, SIZE, 3), np.uint8)
 DEPTH = Box(0, MAX_DEPTH, (SIZE, SIZE, 1), np.float32)
+MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # OpenGL without a GPU, on Debian and Ubuntu
 MAX_SEGMENT = 14  # decisions, the longest missing segment  [code] config
 BLOCK = 1000  # decisions for which missing data are drawn at a time where episodes have no time limit
 RESERVED = ("present", "action", "reward", "continues", "serial")  # what the replay keeps beside the sensors
@@ -110,41 +109,45 @@ SCHEDULES = {"exact": missing_schedule, "released": released_schedule}
 # ---- 2. Sensors that drop out, around any environment ----
 
 
-class MissingSensors(gymnasium.Wrapper):
+class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
     """Let each sensor of an environment drop out, by a schedule of its own for every episode.
 
-    env              an environment; `FitSpaces` wraps it first, unless it has the attribute `wanted` (below)
+    env              an environment; `FitSpaces` wraps it first, unless it has the attribute `wanted` (see below)
     missing_rate     fraction of each sensor's readings that are missing, in [0, 1)
     missing_process  a key of SCHEDULES
     remove           names of sensors that are missing for good
     seed             of the first `reset()`
 
-    Observations are a dictionary: each sensor's reading, zero where missing, and `present` (M,) last.
-    `missing` (steps, M) is the schedule. `render()` gives a picture that no failure spoils. Before each step
-    the wrapper sets `env.wanted` to the names of the sensors that work, so that the others need no rendering.
+    Observations are a dictionary: each sensor's reading, zero where missing, and `present` (M,) last. `missing`
+    (steps, M) is the schedule; `render()` gives a picture that no failure spoils. Before each step, `env.wanted` is
+    set to the names of the sensors that work: the environment need not render the others.
     """
 
     def __init__(self, env, missing_rate=0.375, missing_process="exact", remove=(), seed=None):
-        super().__init__(env if hasattr(env, "wanted") else FitSpaces(env))
+        RecordConstructorArgs.__init__(self, missing_rate=missing_rate, missing_process=missing_process,
+                                       remove=remove, seed=seed)  # fmt: skip
+        gymnasium.Wrapper.__init__(self, env if hasattr(env, "wanted") else FitSpaces(env))
+        self.sensors = dict(self.env.observation_space.items())
         if missing_process not in SCHEDULES:
             raise ValueError(f"missing_process is {missing_process!r}; choose from {', '.join(SCHEDULES)}")
         if not 0 <= missing_rate < 1:
             raise ValueError(f"missing_rate is {missing_rate}; choose one in [0, 1)")
         if missing_process == "released" and missing_rate not in RELEASED_START:
             raise ValueError(f"missing_rate is {missing_rate}; the released process has 0, 0.375, 0.75")
-        self.sensors = dict(self.env.observation_space.items())
         for name in set(self.sensors) & set(RESERVED):
-            raise ValueError(f"a sensor is named {name!r}, which the replay keeps for itself; rename the sensor")
+            raise ValueError(f"a sensor is named {name!r}, as something else in the replay is; rename the sensor")
         if not set(remove) < set(self.sensors):
             raise ValueError(f"remove is {remove}; choose some of {', '.join(self.sensors)}, not all")
         self.missing_rate, self.missing_process = missing_rate, missing_process
         self.removed = np.array([name in remove for name in self.sensors])  # (M,)
-        spaces = {name: with_zero(space) for name, space in self.sensors.items()}
-        self.observation_space = ordered(spaces | {"present": MultiBinary(len(spaces))})
+        # A missing sensor reads zero, wherever its own range lies.
+        spaces = [(s, Box(np.minimum(x.low, 0), np.maximum(x.high, 0), dtype=x.dtype)) for s, x in self.sensors.items()]
+        self.observation_space = Dict([*spaces, ("present", MultiBinary(len(spaces)))])
         limit = env.spec.max_episode_steps if env.spec else None
-        self.episode_steps = attribute(env, "episode_steps", limit)  # None: episodes have no time limit
-        self.action_repeat = attribute(env, "action_repeat", 1)
-        self.can_terminate = attribute(env, "can_terminate", True)  # whether `terminated` may ever be True
+        known = {"action_repeat": 1, "episode_steps": limit, "can_terminate": True}
+        self.action_repeat, self.episode_steps, self.can_terminate = (
+            env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default for name, default in known.items()
+        )
         self.first_seed, self.generator, self.under_way = seed, None, False
 
     def reset(self, *, seed=None, options=None):
@@ -152,8 +155,7 @@ class MissingSensors(gymnasium.Wrapper):
         seed, self.first_seed = self.first_seed if seed is None else seed, None
         if seed is not None or self.generator is None:
             self.generator = np.random.default_rng(seed)
-        # The environment has a generator of the same seed; `World` takes the first of each two children. So one
-        # seed gives the same world at every missing rate.
+        # `World` takes the first child of an equal generator: one seed gives the same world at every missing rate.
         _, self.missing_rng = self.generator.spawn(2)
         self.missing, self.t = self.draw_missing(), 0
         self.env.wanted = self.working()
@@ -162,7 +164,7 @@ class MissingSensors(gymnasium.Wrapper):
         return self.observe(observation), info
 
     def step(self, action):
-        """Step the environment; then read the sensors that work."""
+        """Step the environment and read the sensors that work then."""
         if not self.under_way:
             raise gymnasium.error.ResetNeeded("no episode is under way; call reset() first")
         self.t += 1
@@ -181,7 +183,7 @@ class MissingSensors(gymnasium.Wrapper):
         return np.stack(drawn, 1) | self.removed
 
     def working(self):
-        return [name for name, gone in zip(self.sensors, self.missing[self.t]) if not gone]
+        return [name for name, missing in zip(self.sensors, self.missing[self.t]) if not missing]
 
     def observe(self, readings):
         """The readings of the sensors that work, zeros for the others, and `present`."""
@@ -190,60 +192,54 @@ class MissingSensors(gymnasium.Wrapper):
         return zeros | seen | {"present": (~self.missing[self.t]).astype(np.int8)}
 
 
-class FitSpaces(gymnasium.Wrapper):
+class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
     """Bring anybody's environment into the forms that the model reads.
 
     sensors  the boxes of a `Dict`, nested names joined by dots; or one `Box`, which becomes `state`
     colour   uint8 (H, W, 3), (H, W, 1) or (H, W), or floats (H, W, 3) in [0, 1]  -> uint8 (64, 64, 3)
-    depth    floats (H, W, 1) in metres, NaN and infinity beyond all range        -> float32 (64, 64, 1)
+    depth    floats (H, W, 1) in metres; NaN and infinity count as far            -> float32 (64, 64, 1), at most 10
     vector   (D,) or () of any numbers                                            -> float32 (D,)
-    camera   what `render()` draws, if the environment was made with render_mode="rgb_array"
-    action   a bounded Box of floats, rescaled from                                  float32 (A,) in [-1, 1]
+    camera   added if the environment was made with render_mode="rgb_array": the picture that it renders
+    action   floats of a bounded Box                                              <- float32 (A,) in [-1, 1]
 
-    Images are averaged over areas and stretched to a square: nothing is cut off. Depth ends at 10 m and keeps
-    half precision, as in the replay. Raises ValueError, one line, for any other space.
+    Images are stretched to a square, by means over areas. Raises ValueError, in one line, for any other space.
     """
 
-    rendered = False  # whether an environment of this process has drawn a picture
+    rendered = False  # whether any environment of this process has rendered
 
     def __init__(self, env):
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gymnasium.Wrapper.__init__(self, env)
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
-        sensors = list(flatten(self.tree(env.observation_space)))
-        if len(dict(sensors)) < len(sensors) or not sensors:
-            raise ValueError(f"{self.name} has {len(sensors)} sensors, {len(dict(sensors))} names; give each its own")
-        spaces = {name: self.form(name, space) for name, space in sensors}
-        self.camera = env.render_mode == "rgb_array" and "camera" not in spaces
-        self.observation_space = ordered(spaces | ({"camera": IMAGE} if self.camera else {}))
-        self.wanted = list(self.observation_space)  # whether to render `camera`
+        sensors = list(flatten(env.observation_space))
+        if not 0 < len(sensors) == len(dict(sensors)):
+            raise ValueError(f"{self.name} has sensors {[name for name, _ in sensors]}; give each a name of its own")
+        spaces = [(name, self.form(name, space)) for name, space in sensors]
+        self.camera = env.render_mode == "rgb_array" and "camera" not in dict(spaces)
+        self.observation_space = Dict(spaces + [("camera", IMAGE)] * self.camera)
+        self.wanted = list(self.observation_space)  # only `camera` is left out if not wanted
         box = env.action_space
-        if not (isinstance(box, Box) and np.issubdtype(box.dtype, np.floating) and box.is_bounded() and box.shape != (0,)):
+        if not isinstance(box, Box) or box.dtype.kind != "f" or not box.is_bounded() or 0 in box.shape:
             raise ValueError(f"{self.name} has actions {box}; allowed is a bounded Box of floats: wrap the environment "
-                             "in one that takes such actions, e.g. gymnasium.wrappers.RescaleAction")  # fmt: skip
+                             "in one that takes such actions")  # fmt: skip
         self.action_space = Box(-1, 1, (int(np.prod(box.shape)),), np.float32)
-
-    def tree(self, observation):
-        return observation if isinstance(observation, Mapping) else {"state": observation}
 
     def form(self, name, space):
         """The space of one sensor as the model reads it."""
-        if isinstance(space, Box) and space.shape != (0,):
-            shape, floats = space.shape, np.issubdtype(space.dtype, np.floating)
-            unit = floats and (space.low >= 0).all() and (space.high <= 1).all()
-            if len(shape) <= 1:
+        if isinstance(space, Box) and 0 not in space.shape:
+            floats, axes, channels = space.dtype.kind == "f", len(space.shape), space.shape[2:]
+            unit = floats and space.low.min() >= 0 and space.high.max() <= 1
+            if axes < 2:
                 with np.errstate(over="ignore"):
-                    low, high = (np.float32(bound).reshape(-1) for bound in (space.low, space.high))
+                    low, high = (bound.astype(np.float32).reshape(-1) for bound in (space.low, space.high))
                 return Box(low, high, dtype=np.float32)
-            if space.dtype == np.uint8 and (len(shape) == 2 or shape[2:] in ((1,), (3,))):
+            if space.dtype == np.uint8 and (axes == 2 or channels in ((1,), (3,))) or unit and channels == (3,):
                 return IMAGE
-            if unit and shape[2:] == (3,):
-                return IMAGE
-            if floats and not unit and shape[2:] == (1,):  # in [0, 1] it might be grey as well
+            if floats and not unit and channels == (1,):  # in [0, 1] it might be grey as well
                 return DEPTH
-        raise ValueError(
-            f"{self.name}: sensor {name!r} is {space}; allowed are vectors, colour or grey images of uint8 or colour in "
-            "[0, 1], channels last, and depth (H, W, 1) of floats in metres, not bounded by 1: convert it in a wrapper"
-        )
+        raise ValueError(f"{self.name}: sensor {name!r} is {space}; allowed are vectors, images (channels last) of "
+                         "uint8 in grey or colour or of floats within [0, 1] in colour, and depth (H, W, 1) of "
+                         "floats in metres: wrap the environment in one that converts it")  # fmt: skip
 
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)
@@ -257,35 +253,20 @@ class FitSpaces(gymnasium.Wrapper):
         return self.fitted(observation), *rest
 
     def fitted(self, observation):
-        """Every reading in its form; the camera only if it is wanted."""
-        readings = dict(flatten(self.tree(observation)))
+        """Every reading in its form; `camera` only if it is wanted."""
+        readings = dict(flatten(observation))
         if self.camera and "camera" in self.wanted:
-            FitSpaces.rendered = True
-            readings["camera"] = self.env.render()
+            FitSpaces.rendered, readings["camera"] = True, self.env.render()
         return {name: fit(readings[name], space) for name, space in self.observation_space.items() if name in readings}
 
 
-def ordered(spaces):
-    return Dict(OrderedDict(spaces))  # Dict sorts the keys of an ordinary dictionary
-
-
-def with_zero(box):
-    """The box widened to contain zero, a missing sensor's reading."""
-    return Box(np.minimum(box.low, 0), np.maximum(box.high, 0), dtype=box.dtype)
-
-
-def attribute(env, name, default):
-    """An attribute of the environment or of a wrapper around it."""
-    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
-
-
-def flatten(tree, prefix=""):
-    """The (name, leaf) pairs of nested dictionaries or spaces, names joined by dots."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def flatten(tree, name=""):
+    """The (name, leaf) pairs of nested dictionaries or spaces, names joined by dots; a leaf alone is `state`."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from flatten(value, f"{name}.{key}" if name else f"{key}")
+    else:
+        yield name or "state", tree
 
 
 def fit(reading, space):
@@ -294,10 +275,10 @@ def fit(reading, space):
     if len(space.shape) == 1:
         return reading.astype(np.float32).reshape(-1)
     image = reading.reshape(*reading.shape[:2], -1).astype(np.float32)  # (H, W, channels)
-    if space == DEPTH:
-        return resize(np.clip(np.fmin(image, MAX_DEPTH), 0, None)).astype(np.float16).astype(np.float32)
+    if space == DEPTH:  # in half precision, which the replay keeps
+        return resize(np.fmin(image, MAX_DEPTH).clip(0)).astype(np.float16).astype(np.float32)
     image = resize(image if reading.dtype == np.uint8 else 255 * image)
-    return np.broadcast_to(np.rint(image).clip(0, 255), IMAGE.shape).astype(np.uint8)
+    return np.broadcast_to(image.round().clip(0, 255), IMAGE.shape).astype(np.uint8)
 
 
 def resize(image):
@@ -307,12 +288,12 @@ def resize(image):
     return area_weights(width) @ rows
 
 
-@functools.cache
+@cache
 def area_weights(n):
-    """(64, n): the share of each of n pixels in each of the 64 that cover the same length."""
+    """(64, n): the share that each of n pixels in a row has in each of 64 new ones."""
     edges = np.arange(SIZE + 1)[:, None] * n / SIZE
     overlap = np.minimum(edges[1:], np.arange(1, n + 1)) - np.maximum(edges[:-1], np.arange(n))
-    return (np.maximum(overlap, 0) * SIZE / n).astype(np.float32)
+    return (overlap.clip(0) * SIZE / n).astype(np.float32)
 
 
 # ---- 3. The worlds of this project ----
@@ -330,7 +311,7 @@ class World(gymnasium.Env):
     can_terminate = False
 
     def __init__(self, spaces, action_size):
-        self.observation_space, self.wanted = ordered(spaces), list(spaces)
+        self.observation_space, self.wanted = Dict(list(spaces.items())), list(spaces)
         self.action_space = Box(-1, 1, (action_size,), np.float32)
 
     def reset(self, *, seed=None, options=None):
@@ -355,9 +336,6 @@ def choose_renderer():
             # (github.com/google-deepmind/mujoco/issues/3444), and the learner needs the GPU.
             os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
             os.environ.setdefault("LP_NUM_THREADS", "0")  # every environment has a process already
-
-
-MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # OpenGL without a GPU, on Debian and Ubuntu
 
 
 def import_renderer():
@@ -495,7 +473,8 @@ class ControlSuite(World):
         return float(sum(self.environment.step(action).reward for _ in range(self.action_repeat)))
 
     def sense(self, names):
-        readings = {"touch": np.log1p(self.environment.physics.data.sensordata[self.touch]).astype(np.float32)}  # Dev. D10
+        newtons = self.environment.physics.data.sensordata[self.touch]
+        readings = {"touch": np.log1p(newtons).astype(np.float32)}  # Dev. D10
         if "rgb" in names or "depth" in names:
             readings["rgb"], depth = self.draw()
             readings["depth"] = np.minimum(depth, MAX_DEPTH).astype(np.float16).astype(np.float32)[..., None]
@@ -640,12 +619,11 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; choose from {', '.join(SPLITS)}")
-    for name, value, allowed in (("backgrounds", backgrounds != "procedural", task in SUITE),
-                                 ("randomize", randomize, task == "table_wiping"),
-                                 ("task_kwargs", task_kwargs, task not in TASKS)):
-        if value and not allowed:
-            tasks = {"backgrounds": "the control suite", "randomize": "table_wiping"}.get(name, "Gymnasium's own tasks")
-            raise ValueError(f"{name} is for {tasks}; {task} has none: leave it out")
+    for name, given, allowed, who in (("backgrounds", backgrounds != "procedural", task in SUITE, "the control suite"),
+                                      ("randomize", randomize, task == "table_wiping", "table_wiping"),
+                                      ("task_kwargs", task_kwargs, task not in TASKS, "gymnasium.make")):
+        if given and not allowed:
+            raise ValueError(f"{name} is for {who}; {task} has none: leave it out")
     if task in TOY:
         env = ToyWorld(TOY[task])
     elif task in SUITE:
@@ -660,14 +638,18 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
 
 
 def make_gymnasium(task, task_kwargs):
-    """gymnasium.make, which may draw with MuJoCo; ValueError if it does not know the task."""
+    """gymnasium.make, with MuJoCo's pictures twelve times as fast; ValueError if it does not know the task."""
     choose_renderer()
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame, which draws some environments, looks for a loudspeaker
     try:
-        return gymnasium.make(task, **task_kwargs)
+        env = gymnasium.make(task, **task_kwargs)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         line = " ".join(str(error).split())
         raise ValueError(f"task is {task!r}; choose from {', '.join(TASKS)}, or give an id that gymnasium.make "
                          f"knows, as package:id where a package registers it ({line})") from error  # fmt: skip
+    if hasattr(env.unwrapped, "model") and hasattr(env.unwrapped.model, "vis"):  # MuJoCo, as in `ControlSuite.load`
+        env.unwrapped.model.vis.quality.shadowsize = env.unwrapped.model.vis.quality.offsamples = 0
+    return env
 
 
 def seeds(*numbers, count):
@@ -682,6 +664,27 @@ class WorkerError(RuntimeError):
     """A worker process could not start, died or hung, or its environment failed."""
 
 
+def reporting(method):
+    """A method of `Workers` that reports the failure of a worker process as WorkerError."""
+
+    def call(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except multiprocessing.TimeoutError as error:
+            raise WorkerError(f"an environment's process has not answered for {self.TIMEOUT} s") from error
+        except (EOFError, ConnectionError) as error:
+            codes = [process.exitcode for process in self.processes if process.exitcode is not None]
+            raise WorkerError(f"an environment's process has died, exit code {codes}: was it killed, "
+                              "or is memory short?") from error  # fmt: skip
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOSPC):
+                raise
+            raise WorkerError(f"no worker processes: {error}; allow more open files (ulimit -n) or a larger /dev/shm, "
+                              "or use fewer environments") from error  # fmt: skip
+
+    return call
+
+
 class Workers(AsyncVectorEnv):
     """Environments in worker processes, which leave signals to the main process and end with it.
 
@@ -694,39 +697,14 @@ class Workers(AsyncVectorEnv):
         self.processes, self.parent_pipes = [], []
         atexit.register(self.close)  # before multiprocessing's own end, whose SIGTERM the workers ignore
         try:
-            self.ask(super().__init__, makers, context=context, worker=work)
-        except BaseException as error:
+            reporting(AsyncVectorEnv.__init__)(self, makers, context=context, worker=work)
+        except BaseException:
             self.close()
-            if isinstance(error, OSError):
-                raise WorkerError(f"{len(makers)} worker processes cannot start: {error}; allow more open files "
-                                  "(ulimit -n) or a larger /dev/shm, or use fewer environments") from error  # fmt: skip
             raise
 
-    def ask(self, method, *args, **kwargs):
-        """Call a method of AsyncVectorEnv; report a worker's failure as WorkerError."""
-        try:
-            return method(*args, **kwargs)
-        except multiprocessing.TimeoutError as error:
-            raise WorkerError(f"an environment's process has not answered for {self.TIMEOUT} s") from error
-        except (EOFError, ConnectionError) as error:
-            codes = [process.exitcode for process in self.processes if process.exitcode is not None]
-            raise WorkerError(f"an environment's process has died, exit code {codes}: was it killed, "
-                              "or is memory short?") from error  # fmt: skip
-
-    def reset_async(self, *args, **kwargs):
-        return self.ask(super().reset_async, *args, **kwargs)
-
-    def reset_wait(self):
-        return self.ask(super().reset_wait)
-
-    def step_async(self, actions):
-        return self.ask(super().step_async, actions)
-
-    def step_wait(self):
-        return self.ask(super().step_wait)
-
-    def call(self, *args, **kwargs):
-        return self.ask(super().call, *args, **kwargs)
+    reset_async, reset_wait = reporting(AsyncVectorEnv.reset_async), reporting(AsyncVectorEnv.reset_wait)
+    step_async, step_wait = reporting(AsyncVectorEnv.step_async), reporting(AsyncVectorEnv.step_wait)
+    call_async, call_wait = reporting(AsyncVectorEnv.call_async), reporting(AsyncVectorEnv.call_wait)
 
     def _poll_pipe_envs(self, timeout=None):
         """Wait until all workers have answered, at most `TIMEOUT` seconds in which this process runs.
