@@ -3,9 +3,8 @@
 A source is a video, an array (.npy, or CVRL's natural_train.pkl), or a folder of videos or of folders of frames. Forms
 of one clip, as in DAVIS (480p, Full-Resolution) and ILSVRC-VID (frames, snippets), count once; masks do not count.
 
-    draw = open_clips("DAVIS", "train")
-    frames = draw(np.random.default_rng(0))     # an endless iterator of (64, 64, 3) uint8
-    print(summary("DAVIS"))                     # backgrounds DAVIS: 90 clips, 81 for training and 9 for evaluation
+    frames = open_clips("DAVIS", "train")(np.random.default_rng(0))     # an endless iterator of (64, 64, 3) uint8
+    print(summary("DAVIS"))     # backgrounds DAVIS: 90 clips, 81 for training and 9 for evaluation
 """
 
 import hashlib
@@ -21,8 +20,7 @@ from pathlib import Path
 import numpy as np
 
 SIZE = 64  # pixels, height and width of a frame
-MAX_FRAMES = 501  # frames read of a clip: an episode's worth
-MAX_PIXELS = 2**26
+MAX_FRAMES, MAX_PIXELS = 501, 2**26  # of a clip: an episode's worth; of a frame
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 FRAME_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png"}
 FORMATS = "mov,mp4,m4v,matroska,webm,avi,mpeg,mpegvideo,mpegts,mjpeg,bmp_pipe,jpeg_pipe,png_pipe"
@@ -55,7 +53,7 @@ def find_clips(source):
 
 def walk(path):
     """Yield each video, and each folder of frames with their number, once; follow links to folders."""
-    seen: dict = {}
+    seen = {os.path.realpath(path): ()}
 
     def new(*parts):  # no link has led there before
         return seen.setdefault(os.path.realpath(Path(*parts)), parts) is parts
@@ -63,7 +61,6 @@ def walk(path):
     def refuse(error):
         raise ValueError(f"backgrounds {error.filename} cannot be read: {error.strerror}") from error
 
-    new(path)
     for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not JUNK.fullmatch(name) and new(folder, name)]
         suffixes = {name: Path(name).suffix.lower() for name in sorted(names) if not name.startswith(".")}
@@ -113,7 +110,7 @@ def summary(source):
     count, held_out = len(clips), -(-len(clips) // 10)
     if count > 1:
         return f"backgrounds {source}: {count} clips, {count - held_out} for training and {held_out} for evaluation"
-    if len(read_clip(*clips.values(), max_frames=2)) == 1:
+    if len(read_clip(next(iter(clips.values())), max_frames=2)) == 1:
         return f"backgrounds {source}: a single picture, the same in training and evaluation"
     return f"backgrounds {source}: one clip; its last tenth is for evaluation, the rest for training"
 
@@ -152,8 +149,7 @@ def read_clip(data, max_frames=MAX_FRAMES):
         if not file.is_file():
             raise ValueError(f"background {file} is no file; remove it")
         try:
-            # FFmpeg does not get the name of a picture, in which it would take "%d" for a series of files. It opens no
-            # playlist, which might lead elsewhere.
+            # FFmpeg sees no picture's name, where "%d" would mean a series, and opens no playlist to other files.
             stream = io.BytesIO(file.read_bytes()) if pictures else open(file, "rb")
             with stream, av.open(stream, options={"format_whitelist": FORMATS}) as container:
                 size = container.streams.video[0].codec_context

@@ -23,9 +23,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -124,6 +125,7 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
     """
 
     def __init__(self, env, missing_rate=0.375, missing_process="exact", remove=(), seed=None):
+        self.env: Any  # it has `wanted`
         RecordConstructorArgs.__init__(self, missing_rate=missing_rate, missing_process=missing_process,
                                        remove=remove, seed=seed)  # fmt: skip
         gymnasium.Wrapper.__init__(self, env if hasattr(env, "wanted") else FitSpaces(env))
@@ -199,7 +201,7 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
     colour   uint8 (H, W, 3), (H, W, 1) or (H, W), or floats (H, W, 3) in [0, 1]  -> uint8 (64, 64, 3)
     depth    floats (H, W, 1) in metres; NaN and infinity count as far            -> float32 (64, 64, 1), at most 10
     vector   (D,) or () of any numbers                                            -> float32 (D,)
-    camera   added if the environment was made with render_mode="rgb_array": the picture that it renders
+    camera   the rendered picture, added if the environment was made with render_mode="rgb_array"
     action   floats of a bounded Box                                              <- float32 (A,) in [-1, 1]
 
     Images are stretched to a square, by means over areas. Raises ValueError, in one line, for any other space.
@@ -208,17 +210,19 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
     rendered = False  # whether any environment of this process has rendered
 
     def __init__(self, env):
+        self.env: Any
         RecordConstructorArgs.__init__(self)
         gymnasium.Wrapper.__init__(self, env)
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
         sensors = list(flatten(env.observation_space))
         if not 0 < len(sensors) == len(dict(sensors)):
             raise ValueError(f"{self.name} has sensors {[name for name, _ in sensors]}; give each a name of its own")
-        spaces = [(name, self.form(name, space)) for name, space in sensors]
-        self.camera = env.render_mode == "rgb_array" and "camera" not in dict(spaces)
-        self.observation_space = Dict(spaces + [("camera", IMAGE)] * self.camera)
-        self.wanted = list(self.observation_space)  # only `camera` is left out if not wanted
-        box = env.action_space
+        self.forms = {name: self.form(name, space) for name, space in sensors}
+        self.unit = {name for name, space in sensors if self.forms[name] is IMAGE and space.dtype != np.uint8}
+        self.camera = env.render_mode == "rgb_array" and "camera" not in self.forms
+        self.forms |= {"camera": IMAGE} if self.camera else {}
+        self.observation_space, self.wanted = Dict(list(self.forms.items())), list(self.forms)
+        box = self.env.action_space
         if not isinstance(box, Box) or box.dtype.kind != "f" or not box.is_bounded() or 0 in box.shape:
             raise ValueError(f"{self.name} has actions {box}; allowed is a bounded Box of floats: wrap the environment "
                              "in one that takes such actions")  # fmt: skip
@@ -257,7 +261,7 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
         readings = dict(flatten(observation))
         if self.camera and "camera" in self.wanted:
             FitSpaces.rendered, readings["camera"] = True, self.env.render()
-        return {name: fit(readings[name], space) for name, space in self.observation_space.items() if name in readings}
+        return {s: fit(readings[s], form, s in self.unit) for s, form in self.forms.items() if s in readings}
 
 
 def flatten(tree, name=""):
@@ -269,15 +273,15 @@ def flatten(tree, name=""):
         yield name or "state", tree
 
 
-def fit(reading, space):
-    """One reading in the form of its space: a vector, DEPTH or IMAGE."""
+def fit(reading, space, unit=False):
+    """One reading in the form of its space: a vector, DEPTH or IMAGE, whose values are given in [0, 1] if `unit`."""
     reading = np.asarray(reading)
     if len(space.shape) == 1:
         return reading.astype(np.float32).reshape(-1)
     image = reading.reshape(*reading.shape[:2], -1).astype(np.float32)  # (H, W, channels)
     if space == DEPTH:  # in half precision, which the replay keeps
         return resize(np.fmin(image, MAX_DEPTH).clip(0)).astype(np.float16).astype(np.float32)
-    image = resize(image if reading.dtype == np.uint8 else 255 * image)
+    image = resize(255 * image if unit else image)
     return np.broadcast_to(image.round().clip(0, 255), IMAGE.shape).astype(np.uint8)
 
 
@@ -300,11 +304,17 @@ def area_weights(n):
 
 
 class World(gymnasium.Env):
-    """What our own environments share: seeds, the time limit, and reading only the sensors that are wanted.
+    """What our own environments share: seeds, the time limit, and reading only the sensors that are `wanted`.
 
-    A world defines `action_repeat`, `episode_steps`, `begin(rng)`, `move(action)` -> reward, `sense(names)` ->
-    {name: reading} and `info`. With `wanted = ()`, `reset` and `step` render nothing.
+    With `wanted = ()`, `reset` and `step` render nothing.
     """
+
+    action_repeat: int
+    episode_steps: int
+    info: dict
+    begin: Callable  # (rng): start an episode
+    move: Callable  # (action) -> reward
+    sense: Callable  # (names) -> {name: reading}
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     render_mode = "rgb_array"
@@ -420,7 +430,7 @@ class ControlSuite(World):
     """
 
     action_repeat, episode_steps = 2, 500
-    info: dict = {}
+    info = {}
 
     def __init__(self, domain, task, action_size, touch_size, draw_background):
         touch = Box(0, 20, (touch_size,), np.float32)  # e^20 newtons are never reached
@@ -744,7 +754,7 @@ def die_with_parent():
 
     Linux's PR_SET_PDEATHSIG is not used: it follows the *thread* that made this process.
     """
-    parent = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()
     try:
         end = os.pidfd_open(parent.pid)  # readable once the process has ended
     except (AttributeError, OSError):  # not Linux, no file descriptor left, or the parent has ended already

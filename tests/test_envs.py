@@ -196,7 +196,9 @@ def test_anybodys_sensors_take_the_forms_that_the_model_reads():
     for observation, *_ in rollout(envs.MissingSensors(Arm(lambda rng: 99), seed=0), 40):
         assert observation in env.observation_space
         for name, present in zip(env.sensors, observation["present"]):
-            assert observation[name].any() == present or name == "joints"
+            assert observation[name].any() == present
+        for name in ("images.top", "images.wrist", "grey"):
+            assert not observation[name].any() or 110 < observation[name].mean() < 145
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 192), (100, 37), (30, 20)])
@@ -213,7 +215,8 @@ def test_kinds_of_readings():
     assert (envs.fit(grey[..., None], envs.IMAGE) == grey[..., None]).all()
     colour = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     assert (envs.fit(colour, envs.IMAGE) == colour).all()
-    assert (envs.fit(colour / 255, envs.IMAGE) == colour).all()
+    assert (envs.fit(colour.astype(float), envs.IMAGE) == colour).all()  # of another type than it says
+    assert (envs.fit(colour / 255, envs.IMAGE, unit=True) == colour).all()
     metres = np.full((128, 128, 1), 2.5)
     metres[:2, :2], metres[2:4, :2], metres[4:6, :2], metres[6:8, :2] = np.nan, np.inf, 1000, -np.inf
     depth = envs.fit(metres, envs.DEPTH)
