@@ -83,14 +83,13 @@ def natural(name):
 
 
 def open_clips(source, split):
-    """A function draw(rng) that picks a clip of the split and returns an endless iterator of its frames."""
+    """A function draw(rng) that plays a clip of the split from a random frame on, to and fro for ever."""
     clips = list(find_clips(source).values())
     # Every tenth clip is for evaluation; of a lone one, the last tenth.
     mine = [clip for i, clip in enumerate(clips) if (i % 10 == 0) == (split == "eval")] if len(clips) > 1 else clips
     read_clip(mine[0], max_frames=1)  # fail here rather than in the midst of training
 
     def draw(rng):
-        """Play a clip from a random frame on, forwards and backwards for ever."""
         frames = read_clip(mine[rng.integers(len(mine))])
         if len(clips) == 1 and len(frames) > 1:
             cut = min(len(frames) - 1, round(0.9 * len(frames)))

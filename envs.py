@@ -768,9 +768,9 @@ def die_with_parent():
 
 
 def work(*args):
-    """Run Gymnasium's worker. Ignore signals to the process group, like Ctrl-C: the main process ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Run Gymnasium's worker, which ignores signals to the process group, like Ctrl-C: the main process ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     _async_worker(*args)
 

@@ -987,6 +987,16 @@ def test_a_worker_that_dies_is_reported_whatever_it_was_asked():
     vector.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_leave_signals_to_the_main_process(number):
+    vector = make_vector_env("toy", 2)
+    vector.reset()
+    os.kill(vector.processes[0].pid, number)
+    time.sleep(0.1)
+    vector.step(np.zeros((2, 2), np.float32))
+    vector.close()
+
+
 def test_seeds_depend_on_every_number():
     drawn = [envs.seeds(*numbers, count=3) for numbers in ((1,), (1, 0), (0, 1), (1, 1))]
     assert len({tuple(d) for d in drawn}) == 4 and drawn[0] == envs.seeds(1, count=3)
