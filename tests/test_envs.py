@@ -743,6 +743,14 @@ def test_the_seed_decides_everything(make, task):
     assert same(rollout(one, 15), rollout(other, 15))
 
 
+def test_a_seed_gives_the_episodes_that_it_always_gave(make):
+    env = make("toy", seed=5)
+    for position, missing in (([0.403118, 0.753592], [0, 1, 2, 38]), ([0.633729, 0.292795], [0, 1, 2, 3])):
+        _, info = env.reset()
+        assert info["position"] == pytest.approx(position, abs=1e-6)
+        assert np.flatnonzero(env.missing[:, 0])[:4].tolist() == missing
+
+
 def test_global_generators_are_left_alone(make):
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
