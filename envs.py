@@ -1,11 +1,10 @@
-"""Worlds seen through several sensors, each of which fails now and then.
+"""Environments with several sensors, each of which drops out now and then.
 
-Multi-Modal Natural MuJoCo (Fig. 4: colour image with a moving natural video behind the body,
-depth image, touch), Table Wiping (Fig. 6, `wiping.py`) and the 2-D toy world (Fig. 1, 19, 20),
-as Gymnasium environments.
+`MissingSensors` is a Gymnasium wrapper around any environment with continuous observations. The paper's tasks are plain
+environments inside it: Multi-Modal Natural MuJoCo (Fig. 4), Table Wiping (`wiping.py`), the toy world (Fig. 1, 19, 20).
 
-    M          modalities of a task, in the fixed order of its observation space
-    present    (M,) int8, 1 where the modality was observed; a missing one reads zero
+    M          number of sensors, in the order of the observation space
+    present    (M,) int8, 1 where the sensor was observed; the reading of a missing sensor is zero
     decision   one action, repeated for `action_repeat` simulator steps
 
     env = make_env("finger_spin", seed=0, missing_rate=0.375)
@@ -13,35 +12,37 @@ as Gymnasium environments.
     observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
     envs = make_vector_env("toy", num_envs=8, seed=0)       # eight worker processes
 
-The spaces say all that a consumer needs: three axes of uint8 are a colour image, three axes
-of float a depth image in metres, one axis a vector.
+A sensor's space says what it is: uint8 of three axes is colour, float of three axes depth in metres, one axis a vector.
 """
 
 import atexit
-import ctypes
-import io
+import errno
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
-import pickle
-import pickletools
 import signal
 import sys
-from collections import OrderedDict
-from functools import partial
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.async_vector_env import _async_worker
 
 SIZE = 64  # pixels, height and width of every image
-IMAGE = Box(0, 255, (SIZE, SIZE, 3), np.uint8)
 MAX_DEPTH = 10.0  # metres, where depth is cut off
-MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # Debian's, Ubuntu's: OpenGL without a GPU
+IMAGE = Box(0, 255, (SIZE, SIZE, 3), np.uint8)
+DEPTH = Box(0, MAX_DEPTH, (SIZE, SIZE, 1), np.float32)
+MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # OpenGL without a GPU, on Debian and Ubuntu
 MAX_SEGMENT = 14  # decisions, the longest missing segment  [code] config
+BLOCK = 1000  # decisions for which missing data are drawn at a time where episodes have no time limit
+RESERVED = ("present", "action", "reward", "continues", "serial")  # what the replay keeps beside the sensors
 
 SUITE = {  # task: domain, task, size of the action, number of touch sensors
     "finger_spin": ("finger", "spin", 2, 2),
@@ -50,7 +51,7 @@ SUITE = {  # task: domain, task, size of the action, number of touch sensors
     "walker_run": ("walker", "run", 6, 2),
     "cup_catch": ("ball_in_cup", "catch", 2, 1),
 }
-TOY = {  # task: its modalities
+TOY = {  # task: its sensors
     "toy": ("position", "camera"),  # Fig. 1
     "toy_two_cameras": ("front", "rear"),  # Fig. 19
     "toy_xy": ("x", "y"),  # Fig. 20
@@ -63,15 +64,15 @@ SPLITS = ("train", "eval")
 
 
 def missing_schedule(steps, rate, max_length, rng):
-    """When one sensor is missing in an episode: segments of uniform length and start.  Dev. D7
+    """Draw when one sensor is missing in an episode: segments of uniform length and start.  Dev. D7
 
-    rate        fraction missing, in [0, 1): exactly round(rate * steps) steps are
+    rate        fraction missing, in [0, 1): exactly round(rate * steps) steps
     max_length  segments last 1 to max_length steps, uniformly; the last is cut to fit
     returns     (steps,) bool, True where missing
 
-    All arrangements are equally likely, on an episode closed to a ring: a segment that runs
-    past the end goes on at the beginning, so every step is missing equally often.  Segments
-    do not overlap, but one in 14 (at 37.5 %) directly follows another.
+    All arrangements on an episode closed to a ring are equally likely: a segment that runs past the end
+    continues at the beginning, so every step is missing equally often. Segments do not overlap, but one in 14
+    (at 37.5 %) directly follows another.
     """
     total = round(rate * steps)
     lengths = []
@@ -87,11 +88,11 @@ RELEASED_START = {0: 0.0, 0.375: 0.05, 0.75: 0.10}  # nominal rate: chance of a 
 
 
 def released_schedule(steps, rate, max_length, rng):
-    """The released code's process: at each observed step a segment starts by chance.  Dev. D7
+    """Draw by the released code's process: at each observed step a segment may start by chance.  Dev. D7
 
-    Arguments and result as of `missing_schedule`, but rate is nominal: 0, 0.375 or 0.75
-    stand for a start probability of 0, 0.05 or 0.10.  In fact 28.2 % and 45.3 % are missing:
-    segments of 7.5 steps on average alternate with waits of 19 and 9 steps.
+    Arguments and result as in `missing_schedule`, but the rate is nominal: 0, 0.375 and 0.75 stand for start
+    probabilities of 0, 0.05 and 0.10. The rates in fact are 28.2 % and 45.3 %: segments of 7.5 steps on
+    average alternate with waits of 19 and 9 steps.
     """
     missing = np.zeros(steps, bool)
     t = 0
@@ -106,33 +107,269 @@ def released_schedule(steps, rate, max_length, rng):
 SCHEDULES = {"exact": missing_schedule, "released": released_schedule}
 
 
-# ---- 2. Backgrounds ----
+# ---- 2. Sensors that drop out, around any environment ----
+
+
+class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
+    """Let each sensor of an environment drop out, by a schedule of its own for every episode.
+
+    env              an environment; `FitSpaces` wraps it first, unless it has the attribute `wanted` (see below)
+    missing_rate     fraction of each sensor's readings that are missing, in [0, 1)
+    missing_process  a key of SCHEDULES
+    remove           names of sensors that are missing for good
+    seed             of the first `reset()`
+
+    Observations are a dictionary: each sensor's reading, zero where missing, and `present` (M,) last. `missing`
+    (steps, M) is the schedule; `render()` gives a picture that no failure spoils. Before each step, `env.wanted` is
+    set to the names of the sensors that work: the environment need not render the others.
+    """
+
+    def __init__(self, env, missing_rate=0.375, missing_process="exact", remove=(), seed=None):
+        self.env: Any  # it has `wanted`
+        RecordConstructorArgs.__init__(self, missing_rate=missing_rate, missing_process=missing_process,
+                                       remove=remove, seed=seed)  # fmt: skip
+        gymnasium.Wrapper.__init__(self, env if hasattr(env, "wanted") else FitSpaces(env))
+        self.sensors = dict(self.env.observation_space.items())
+        if missing_process not in SCHEDULES:
+            raise ValueError(f"missing_process is {missing_process!r}; choose from {', '.join(SCHEDULES)}")
+        if not 0 <= missing_rate < 1:
+            raise ValueError(f"missing_rate is {missing_rate}; choose one in [0, 1)")
+        if missing_process == "released" and missing_rate not in RELEASED_START:
+            raise ValueError(f"missing_rate is {missing_rate}; the released process has 0, 0.375, 0.75")
+        for name in set(self.sensors) & set(RESERVED):
+            raise ValueError(f"a sensor is named {name!r}, as something else in the replay is; rename the sensor")
+        if not set(remove) < set(self.sensors):
+            raise ValueError(f"remove is {remove}; choose some of {', '.join(self.sensors)}, not all")
+        self.missing_rate, self.missing_process = missing_rate, missing_process
+        self.removed = np.array([name in remove for name in self.sensors])  # (M,)
+        # A missing sensor reads zero, wherever its own range lies.
+        spaces = [(s, Box(np.minimum(x.low, 0), np.maximum(x.high, 0), dtype=x.dtype)) for s, x in self.sensors.items()]
+        self.observation_space = Dict([*spaces, ("present", MultiBinary(len(spaces)))])
+        limit = env.spec.max_episode_steps if env.spec else None
+        known = {"action_repeat": 1, "episode_steps": limit, "can_terminate": True}
+        self.action_repeat, self.episode_steps, self.can_terminate = (
+            env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default for name, default in known.items()
+        )
+        self.first_seed, self.generator, self.under_way = seed, None, False
+
+    def reset(self, *, seed=None, options=None):
+        """Start an episode; a seed reseeds the environment and the missing data."""
+        seed, self.first_seed = self.first_seed if seed is None else seed, None
+        if seed is not None or self.generator is None:
+            self.generator = np.random.default_rng(seed)
+        # `World` takes the first child of an equal generator: one seed gives the same world at every missing rate.
+        _, self.missing_rng = self.generator.spawn(2)
+        self.missing, self.t = self.draw_missing(), 0
+        self.env.wanted = self.working()
+        observation, info = self.env.reset(seed=seed, options=options)
+        self.under_way = True
+        return self.observe(observation), info
+
+    def step(self, action):
+        """Step the environment and read the sensors that work then."""
+        if not self.under_way:
+            raise gymnasium.error.ResetNeeded("no episode is under way; call reset() first")
+        self.t += 1
+        if self.t == len(self.missing):
+            self.missing = np.concatenate([self.missing, self.draw_missing()])
+        self.env.wanted = self.working()
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.under_way = not (terminated or truncated)
+        return self.observe(observation), reward, terminated, truncated, info
+
+    def draw_missing(self):
+        """(steps, M) bool: an episode's schedule, or that of the next BLOCK steps where there is no time limit."""
+        steps = self.episode_steps + 1 if self.episode_steps else BLOCK  # a reset observes before any action
+        schedule = SCHEDULES[self.missing_process]
+        drawn = [schedule(steps, self.missing_rate, MAX_SEGMENT, self.missing_rng) for _ in self.sensors]
+        return np.stack(drawn, 1) | self.removed
+
+    def working(self):
+        return [name for name, missing in zip(self.sensors, self.missing[self.t]) if not missing]
+
+    def observe(self, readings):
+        """The readings of the sensors that work, zeros for the others, and `present`."""
+        zeros = {name: np.zeros(space.shape, space.dtype) for name, space in self.sensors.items()}
+        seen = {name: readings[name] for name in self.working()}
+        return zeros | seen | {"present": (~self.missing[self.t]).astype(np.int8)}
+
+
+class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
+    """Bring anybody's environment into the forms that the model reads.
+
+    sensors  the boxes of a `Dict`, nested names joined by dots; or one `Box`, which becomes `state`
+    colour   uint8 (H, W, 3), (H, W, 1) or (H, W), or floats (H, W, 3) in [0, 1]  -> uint8 (64, 64, 3)
+    depth    floats (H, W, 1) in metres; NaN and infinity count as far            -> float32 (64, 64, 1), at most 10
+    vector   (D,) or () of any numbers                                            -> float32 (D,)
+    camera   the rendered picture, added if the environment was made with render_mode="rgb_array"
+    action   floats of a bounded Box                                              <- float32 (A,) in [-1, 1]
+
+    Images are stretched to a square, by means over areas. Raises ValueError, in one line, for any other space.
+    """
+
+    rendered = False  # whether any environment of this process has rendered
+
+    def __init__(self, env):
+        self.env: Any
+        RecordConstructorArgs.__init__(self)
+        gymnasium.Wrapper.__init__(self, env)
+        self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
+        sensors = list(flatten(env.observation_space))
+        if not 0 < len(sensors) == len(dict(sensors)):
+            raise ValueError(f"{self.name} has sensors {[name for name, _ in sensors]}; give each a name of its own")
+        self.forms = {name: self.form(name, space) for name, space in sensors}
+        self.unit = {name for name, space in sensors if self.forms[name] is IMAGE and space.dtype != np.uint8}
+        self.camera = env.render_mode == "rgb_array" and "camera" not in self.forms
+        self.forms |= {"camera": IMAGE} if self.camera else {}
+        self.observation_space, self.wanted = Dict(list(self.forms.items())), list(self.forms)
+        box = self.env.action_space
+        if not isinstance(box, Box) or box.dtype.kind != "f" or not box.is_bounded() or 0 in box.shape:
+            raise ValueError(f"{self.name} has actions {box}; allowed is a bounded Box of floats: wrap the environment "
+                             "in one that takes such actions")  # fmt: skip
+        self.action_space = Box(-1, 1, (int(np.prod(box.shape)),), np.float32)
+
+    def form(self, name, space):
+        """The space of one sensor as the model reads it."""
+        if isinstance(space, Box) and 0 not in space.shape:
+            floats, axes, channels = space.dtype.kind == "f", len(space.shape), space.shape[2:]
+            unit = floats and space.low.min() >= 0 and space.high.max() <= 1
+            if axes < 2:
+                with np.errstate(over="ignore"):
+                    low, high = (bound.astype(np.float32).reshape(-1) for bound in (space.low, space.high))
+                return Box(low, high, dtype=np.float32)
+            if space.dtype == np.uint8 and (axes == 2 or channels in ((1,), (3,))) or unit and channels == (3,):
+                return IMAGE
+            if floats and not unit and channels == (1,):  # in [0, 1] it might be grey as well
+                return DEPTH
+        raise ValueError(f"{self.name}: sensor {name!r} is {space}; allowed are vectors, images (channels last) of "
+                         "uint8 in grey or colour or of floats within [0, 1] in colour, and depth (H, W, 1) of "
+                         "floats in metres: wrap the environment in one that converts it")  # fmt: skip
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self.fitted(observation), info
+
+    def step(self, action):
+        box = self.env.action_space
+        share = (np.clip(np.float64(action), -1, 1).reshape(box.shape) + 1) / 2
+        action = np.clip(box.low + share * (box.high - box.low), box.low, box.high).astype(box.dtype)
+        observation, *rest = self.env.step(action)
+        return self.fitted(observation), *rest
+
+    def fitted(self, observation):
+        """Every reading in its form; `camera` only if it is wanted."""
+        readings = dict(flatten(observation))
+        if self.camera and "camera" in self.wanted:
+            FitSpaces.rendered, readings["camera"] = True, self.env.render()
+        return {s: fit(readings[s], form, s in self.unit) for s, form in self.forms.items() if s in readings}
+
+
+def flatten(tree, name=""):
+    """The (name, leaf) pairs of nested dictionaries or spaces, names joined by dots; a leaf alone is `state`."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from flatten(value, f"{name}.{key}" if name else f"{key}")
+    else:
+        yield name or "state", tree
+
+
+def fit(reading, space, unit=False):
+    """One reading in the form of its space: a vector, DEPTH or IMAGE, whose values are given in [0, 1] if `unit`."""
+    reading = np.asarray(reading)
+    if len(space.shape) == 1:
+        return reading.astype(np.float32).reshape(-1)
+    image = reading.reshape(*reading.shape[:2], -1).astype(np.float32)  # (H, W, channels)
+    if space == DEPTH:  # in half precision, which the replay keeps
+        return resize(np.fmin(image, MAX_DEPTH).clip(0)).astype(np.float16).astype(np.float32)
+    image = resize(255 * image if unit else image)
+    return np.broadcast_to(image.round().clip(0, 255), IMAGE.shape).astype(np.uint8)
+
+
+def resize(image):
+    """(H, W, channels) -> (64, 64, channels): the mean over the area of each new pixel."""
+    height, width, channels = image.shape
+    rows = (area_weights(height) @ image.reshape(height, -1)).reshape(SIZE, width, channels)
+    return area_weights(width) @ rows
+
+
+@cache
+def area_weights(n):
+    """(64, n): the share that each of n pixels in a row has in each of 64 new ones."""
+    edges = np.arange(SIZE + 1)[:, None] * n / SIZE
+    overlap = np.minimum(edges[1:], np.arange(1, n + 1)) - np.maximum(edges[:-1], np.arange(n))
+    return (overlap.clip(0) * SIZE / n).astype(np.float32)
+
+
+# ---- 3. The worlds of this project ----
+
+
+class World(gymnasium.Env):
+    """What our own environments share: seeds, the time limit, and reading only the sensors that are `wanted`.
+
+    With `wanted = ()`, `reset` and `step` render nothing.
+    """
+
+    action_repeat: int
+    episode_steps: int
+    info: dict
+    begin: Callable  # (rng): start an episode
+    move: Callable  # (action) -> reward
+    sense: Callable  # (names) -> {name: reading}
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    render_mode = "rgb_array"
+    can_terminate = False
+
+    def __init__(self, spaces, action_size):
+        self.observation_space, self.wanted = Dict(list(spaces.items())), list(spaces)
+        self.action_space = Box(-1, 1, (action_size,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        rng, _ = self.np_random.spawn(2)  # the second is that of `MissingSensors`
+        self.t = 0
+        self.begin(rng)
+        return self.sense(self.wanted), dict(self.info)
+
+    def step(self, action):
+        self.t += 1
+        reward = self.move(np.clip(action, -1, 1))
+        return self.sense(self.wanted), reward, False, self.t >= self.episode_steps, dict(self.info)
+
+
+def choose_renderer():
+    """Let MuJoCo draw without a screen, and without a GPU unless MUJOCO_EGL_DEVICE_ID names one."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        if Path(MESA).exists() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
+            # A picture takes one core a millisecond. Eight processes that draw on one GPU hang with some drivers
+            # (github.com/google-deepmind/mujoco/issues/3444), and the learner needs the GPU.
+            os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
+            os.environ.setdefault("LP_NUM_THREADS", "0")  # every environment has a process already
+
+
+def import_renderer():
+    """dm_control's module for OpenGL contexts, or RuntimeError with the packages to install."""
+    choose_renderer()
+    try:
+        from dm_control import _render
+    except AttributeError as error:  # PyOpenGL found no library
+        raise RuntimeError("no OpenGL library found; install the Debian packages libegl1 and "
+                           "libgl1, or libosmesa6 and set MUJOCO_GL=osmesa") from error  # fmt: skip
+    return _render
 
 
 def open_backgrounds(source, split):
-    """A function draw(rng) that picks a video and returns an endless iterator of its frames.
+    """Return a function draw(rng) that picks a video and returns an endless iterator of its frames.
 
-    source  "procedural" (Dev. D21); or a path: a video, a folder of videos or of folders of frames
-            (ILSVRC-VID, DAVIS), or an array, .npy or CVRL's natural_train.pkl
-    split   "train" or "eval": their scenes differ, and their videos where there are several
-
-    Raises ValueError naming the path that is missing, empty or not readable as video.
+    source  "procedural" (Dev. D21), or a path to files, see `backgrounds.py`
+    split   "train" or "eval": no scene or clip is in both
     """
     if source == "procedural":
         return lambda rng: procedural_video(2 * int(rng.integers(2**31)) + SPLITS.index(split))
-    videos = find_videos(Path(source))
-    if len(videos) > 1:  # every tenth is for evaluation
-        videos = [v for i, v in enumerate(videos) if (i % 10 == 0) == (split == "eval")]
-    read_clip(videos[0], max_frames=1)  # fail here rather than in the midst of training
+    from backgrounds import open_clips
 
-    def draw(rng):
-        """Plays a clip from a random frame on, forwards and backwards for ever."""
-        clip = read_clip(videos[rng.integers(len(videos))])
-        order = [*range(len(clip)), *range(len(clip) - 2, 0, -1)]
-        start = rng.integers(len(clip))
-        return (clip[i] for i in itertools.cycle(order[start:] + order[:start]))
-
-    return draw
+    return open_clips(source, split)
 
 
 def procedural_video(scene):
@@ -159,7 +396,7 @@ def procedural_video(scene):
         shape = noise(2) > (0.5 if nearness else -np.inf)  # the farthest covers everything
         angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(1, 2) * (1 + nearness)
         velocity = speed * np.array([np.sin(angle), np.cos(angle)])  # pixels a decision
-        # The fields are periodic: two by two of them hold every window.
+        # The fields are periodic: two by two copies hold every window.
         layers.append((np.tile(texture, (2, 2, 1)), np.tile(shape[..., None], (2, 2, 1)), velocity))
     for t in itertools.count():
         frame = np.empty((SIZE, SIZE, 3), np.uint8)
@@ -170,94 +407,7 @@ def procedural_video(scene):
         yield frame
 
 
-VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-FRAME_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png"}
-FORMATS = "mov,mp4,m4v,matroska,webm,avi,mpeg,mpegvideo,mpegts,mjpeg,bmp_pipe,jpeg_pipe,png_pipe"  # to be opened
-MAX_PIXELS = 2**26  # 8,192 x 8,192
-
-
-def find_videos(path):
-    """The videos at a path: arrays (frames, 64, 64, 3), or files and folders of frames."""
-    try:
-        path.stat()
-    except OSError as error:
-        raise ValueError(f"backgrounds {path} do not exist: {error.strerror}; give a path or 'procedural'") from error
-    if path.suffix in (".npy", ".pkl"):
-        return read_array(path)
-    if not path.is_dir():
-        return [path]
-    files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-    videos = {f for f in files if f.suffix.lower() in VIDEO_SUFFIXES}
-    videos |= {f.parent for f in files if f.suffix.lower() in FRAME_SUFFIXES}
-    if not videos:
-        raise ValueError(f"backgrounds {path} hold neither videos nor folders of frames")
-    return sorted(videos)
-
-
-def read_array(path):
-    """The videos in a .npy or .pkl file, each (frames, 64, 64, 3) uint8."""
-    try:
-        if path.suffix == ".npy":
-            array = np.lib.format.open_memmap(path, "r")
-        else:
-            with open(path, "rb") as file:
-                for opcode, number, _ in pickletools.genops(file):
-                    if "PUT" in opcode.name and number > path.stat().st_size:
-                        raise ValueError("it asks for more memory than it can use")
-                file.seek(0)
-                array = np.asarray(ArrayUnpickler(file).load())
-    except Exception as error:  # a damaged pickle raises whatever it likes
-        raise ValueError(f"backgrounds {path} are not an array: {error}") from error
-    if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-3:] != IMAGE.shape:
-        raise ValueError(f"backgrounds {path} are {array.dtype} {array.shape}; needed are uint8 "
-                         "(frames, 64, 64, 3) or (videos, frames, 64, 64, 3)")
-    if array.size == 0:
-        raise ValueError(f"backgrounds {path} hold no frames: {array.shape}")
-    return list(array) if array.ndim == 5 else [array]
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits arrays and plain containers only: any other pickle may run any code."""
-
-    def find_class(self, module, name):
-        arrays = "multiarray._reconstruct numeric._frombuffer numpy.ndarray numpy.dtype _codecs.encode".split()
-        if f"{module}.{name}".removeprefix("numpy.core.").removeprefix("numpy._core.") not in arrays:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
-        return super().find_class(module, name)
-
-
-def read_clip(video, max_frames=501):
-    """An array, or the first frames of a video, an episode's worth: (frames, 64, 64, 3) uint8."""
-    if isinstance(video, np.ndarray):
-        return video
-    import av
-
-    clip = []
-    pictures = sorted(f for f in video.glob("*") if f.suffix.lower() in FRAME_SUFFIXES)
-    for file in pictures[:max_frames] or [video]:
-        if not file.is_file():
-            raise ValueError(f"background {file} is no file; remove it")
-        try:
-            # FFmpeg gets no name of a picture: it would take "%d" in it for a series of files. And it opens no
-            # playlist, which might lead elsewhere.
-            data = io.BytesIO(file.read_bytes()) if pictures else open(file, "rb")
-            with data, av.open(data, options={"format_whitelist": FORMATS}) as container:
-                size = container.streams.video[0].codec_context
-                if size is None:
-                    raise ValueError("its codec is unknown")
-                if size.width * size.height > MAX_PIXELS:
-                    raise ValueError(f"it has {size.width} x {size.height} pixels")
-                for frame in itertools.islice(container.decode(video=0), max_frames - len(clip)):
-                    frame = frame.reformat(SIZE, SIZE, "rgb24", interpolation="AREA")
-                    clip.append(frame.to_ndarray())
-        except Exception as error:  # a damaged file raises whatever it likes
-            raise ValueError(f"background {file} is not readable as video: {error}") from error
-    if not clip:
-        raise ValueError(f"background {video} holds no frames; remove it")
-    return np.stack(clip)
-
-
-# ---- 3. Multi-Modal Natural MuJoCo, Fig. 4 ----
+# ---- 4. Multi-Modal Natural MuJoCo, Fig. 4 ----
 
 # Boxes that sense touch: name, body, centre and half-sizes in metres.  They miss no contact
 # of a sole and one in 200 of those inside the cup.  The finger has its own two sensors.
@@ -268,44 +418,31 @@ TOUCH_BOXES: dict[str, list] = {
 }
 
 
-class ControlSuite:
+class ControlSuite(World):
     """A task of the DeepMind Control Suite with colour image, depth image and touch.
 
-    rgb    (64, 64, 3) uint8    the body before a moving video, which hides floor and sky
-    depth  (64, 64, 1) float32  metres from the camera plane, floor included, at most 10;
-                                rounded to half precision, so that two bytes a pixel keep it
+    rgb    (64, 64, 3) uint8    the body in front of a moving video, which hides floor and sky
+    depth  (64, 64, 1) float32  metres from the camera plane, floor included, at most 10; rounded to half
+                                precision, which the replay keeps
     touch  (sensors,) float32   log(1 + newtons) in the last simulator step
 
-    1000 simulator steps an episode, two a decision, rendered once a decision.
+    An episode has 1000 simulator steps, two for each decision; each decision is rendered once.
     """
 
     action_repeat, episode_steps = 2, 500
-    terminated, info = False, {}
+    info = {}
 
     def __init__(self, domain, task, action_size, touch_size, draw_background):
-        self.domain, self.task, self.action_size = domain, task, action_size
-        self.draw_background = draw_background
-        self.spaces = {
-            "rgb": IMAGE,
-            "depth": Box(0, MAX_DEPTH, (SIZE, SIZE, 1), np.float32),
-            "touch": Box(0, 20, (touch_size,), np.float32),  # e^20 newtons: never reached
-        }
+        touch = Box(0, 20, (touch_size,), np.float32)  # e^20 newtons are never reached
+        super().__init__({"rgb": IMAGE, "depth": DEPTH, "touch": touch}, action_size)
+        self.domain, self.task, self.draw_background = domain, task, draw_background
         self.environment = None
 
     def load(self):
-        """Builds the simulator and its camera."""
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")
-            if Path(MESA).exists() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:  # nobody asked for a GPU's pictures
-                # A picture is a millisecond's work for a core. Eight processes that draw on one GPU hang with some
-                # drivers (github.com/google-deepmind/mujoco/issues/3444), and the learner needs it.
-                os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
-                os.environ.setdefault("LP_NUM_THREADS", "0")  # every environment has a process already
-        try:
-            from dm_control import mujoco, suite
-        except AttributeError as error:  # PyOpenGL's way to say that it found no library
-            raise RuntimeError("no OpenGL library found; install the Debian packages libegl1 and "
-                               "libgl1, or libosmesa6 and set MUJOCO_GL=osmesa") from error
+        """Build the simulator and its camera."""
+        import_renderer()
+        from dm_control import mujoco, suite
+
         self.mujoco = mujoco
         spec = mujoco.MjSpec.from_file(str(Path(suite.__file__).parent / f"{self.domain}.xml"))
         for name, body, centre, half_sizes in TOUCH_BOXES[self.domain]:
@@ -333,32 +470,39 @@ class ControlSuite:
         self.near = model.vis.map.znear * model.stat.extent
         self.far = model.vis.map.zfar * model.stat.extent
 
-    def reset(self, rng):
+    def begin(self, rng):
         if self.environment is None:
             self.load()  # only now, in the worker: an open OpenGL does not survive a fork
         self.random.seed(rng.integers(2**32))
         self.background = self.draw_background(rng)
         self.environment.reset()
+        self.frame = next(self.background)
 
-    def step(self, action):
+    def move(self, action):
+        self.frame = next(self.background)
         return float(sum(self.environment.step(action).reward for _ in range(self.action_repeat)))
 
     def sense(self, names):
+        newtons = self.environment.physics.data.sensordata[self.touch]
+        readings = {"touch": np.log1p(newtons).astype(np.float32)}  # Dev. D10
+        if "rgb" in names or "depth" in names:
+            readings["rgb"], depth = self.draw()
+            readings["depth"] = np.minimum(depth, MAX_DEPTH).astype(np.float16).astype(np.float32)[..., None]
+        return {name: readings[name] for name in names}
+
+    def draw(self):
+        """The body before the background (64, 64, 3) uint8, and depth (64, 64) in metres."""
         rgb, depth = self.look()
         data = self.environment.physics.data
-        # Foreground is what lies before the floor, the plane z = 0, on the pixel's ray, and
-        # before the sky, which OpenGL draws at 0.6 to 0.9 of the far plane.  Dev. D11
+        # Foreground is what the pixel's ray meets before the floor, the plane z = 0, and before the sky, which
+        # OpenGL draws at 0.6 to 0.9 of the far plane.  Dev. D11
         descent = -self.rays @ data.cam_xmat[0, 6:]
         floor = data.cam_xpos[0, 2] / np.maximum(descent, 1e-9)
         self.foreground = depth < np.minimum(floor * (1 - 2e-4), self.far / 4)
-        self.picture = np.where(self.foreground[..., None], rgb, next(self.background))
-        depth = np.minimum(depth, MAX_DEPTH).astype(np.float16).astype(np.float32)
-        touch = np.log1p(data.sensordata[self.touch]).astype(np.float32)  # Dev. D10
-        readings = {"rgb": self.picture, "depth": depth[..., None], "touch": touch}
-        return {name: readings[name] for name in names}
+        return np.where(self.foreground[..., None], rgb, self.frame), depth
 
     def look(self):
-        """One rendering pass: colour (64, 64, 3) uint8, depth (64, 64) in metres."""
+        """Render once: colour (64, 64, 3) uint8, depth (64, 64) in metres."""
         mujoco = self.mujoco
         rgb, depth = np.empty((SIZE, SIZE, 3), np.uint8), np.empty((SIZE, SIZE), np.float32)
         contexts = self.environment.physics.contexts
@@ -370,14 +514,17 @@ class ControlSuite:
         depth = self.near / (1 - depth * (1 - self.near / self.far))
         return rgb[::-1], depth[::-1]  # OpenGL's rows go from the bottom up
 
+    def render(self):
+        return self.draw()[0]
+
     def close(self):
-        """Frees the simulator and its OpenGL context."""
+        """Free the simulator and its OpenGL context."""
         if self.environment is not None:
             self.environment.physics.free()
             self.environment = None
 
 
-# ---- 4. The toy world, Fig. 1, 19, 20 ----
+# ---- 5. The toy world, Fig. 1, 19, 20 ----
 
 TOY_GOAL = np.array([0.7, 0.3])
 TOY_SPEED = 0.1  # of the square's side, in one step
@@ -386,30 +533,30 @@ TOY_RADIUS = 0.1
 
 
 def scripted_toy_action(position):
-    """The action (2,) that goes from position (2,) straight to the goal: the yardstick."""
+    """The action (2,) that goes straight from position (2,) to the goal: the best policy we know."""
     return np.clip((TOY_GOAL - position) / TOY_SPEED, -1, 1).astype(np.float32)
 
 
-class ToyWorld:
-    """A disc in the unit square, which is to reach the goal and hold it against gusts.
+class ToyWorld(World):
+    """A disc in the unit square that has to reach the goal and stay there against gusts.
 
-    Actions are velocities; the reward is exp(-d^2 / (2 * 0.15^2)) at distance d of the goal.
+    Actions are velocities; the reward is exp(-d^2 / (2 * 0.15^2)) at distance d from the goal.
     A random policy earns about 12 of 100, `scripted_toy_action` about 91.
     """
 
-    action_size, action_repeat, episode_steps = 2, 1, 100
-    terminated = False
+    action_repeat, episode_steps = 1, 100
 
-    def __init__(self, modalities):
+    def __init__(self, sensors):
         vectors = {"position": 2, "x": 1, "y": 1}
-        self.spaces = {m: Box(0, 1, (vectors[m],), np.float32) if m in vectors else IMAGE for m in modalities}
-        self.cameras = {m: ToyCamera(m) for m in modalities if m not in vectors}
+        spaces = {s: Box(0, 1, (vectors[s],), np.float32) if s in vectors else IMAGE for s in sensors}
+        super().__init__(spaces, action_size=2)
+        self.cameras = {s: ToyCamera(s) for s in sensors if s not in vectors}
 
-    def reset(self, rng):
+    def begin(self, rng):
         self.rng = rng
         self.position = rng.random(2)
 
-    def step(self, action):
+    def move(self, action):
         gust = self.rng.normal(0, TOY_GUST, 2)
         self.position = np.clip(self.position + TOY_SPEED * action + gust, 0, 1)
         distance = np.linalg.norm(self.position - TOY_GOAL)
@@ -418,35 +565,31 @@ class ToyWorld:
     def sense(self, names):
         x, y = self.position.astype(np.float32)
         vectors = {"position": np.array([x, y]), "x": np.array([x]), "y": np.array([y])}
-        return {m: vectors[m] if m in vectors else self.cameras[m].draw(x, y) for m in names}
+        return {s: vectors[s] if s in vectors else self.cameras[s].draw(x, y) for s in names}
 
     @property
     def info(self):
         return {"position": self.position}
 
-    @property
-    def picture(self):
+    def render(self):
         return ToyCamera("camera").draw(*self.position)
-
-    def close(self):
-        pass
 
 
 class ToyCamera:
-    """Draws the tiled floor and the disc as one camera sees them.
+    """Draw the tiled floor and the disc as one camera sees them.
 
     name  "camera" on the ceiling, "front" outside the wall y = 0, "rear" outside y = 1
     """
 
     def __init__(self, name):
-        # Where on the floor each pixel looks, and what length it covers there.
+        # The point of the floor that each pixel shows, and the length that it covers there.
         row, column = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
         if name == "camera":
             self.x, self.y = 1.2 * column / SIZE - 0.1, 1.1 - 1.2 * row / SIZE
             self.span = 1.2 / SIZE
         else:
             # A pinhole of 50 pixels, 1.6 above the floor and 1 outside the square, with the
-            # horizon above the picture: a position seen from both sides looks quite different.
+            # horizon above the picture: the two sides see one position quite differently.
             distance = 80 / (row + 20)
             right = (column - SIZE / 2) * distance / 50
             self.x = 0.5 + right if name == "front" else 0.5 - right
@@ -465,118 +608,97 @@ class ToyCamera:
         return (self.floor + cover[..., None] * self.disc).astype(np.uint8)
 
 
-# ---- 5. The environment: a world behind sensors that fail ----
-
-
-class MultiModalEnv(gymnasium.Env):
-    """A world whose sensors drop out, by a schedule drawn for each at the start of an episode.
-
-    A world has `spaces` (modality: Box), `action_size`, `action_repeat`, `episode_steps`, `reset(rng)`,
-    `step(action)` -> reward, `sense(names)` -> {name: reading}, asked once a decision for the sensors
-    that work, `terminated` where the task has ended before its time, `picture` that no failure
-    spoils, `info` that no sensor tells, `close()`.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-    render_mode = "rgb_array"
-
-    def __init__(self, world, seed, draw_missing, removed):
-        self.world = world
-        self.action_repeat, self.episode_steps = world.action_repeat, world.episode_steps
-        self.action_space = Box(-1, 1, (world.action_size,), np.float32)
-        # An OrderedDict, for Dict sorts the keys of an ordinary one.
-        present = MultiBinary(len(world.spaces))
-        self.observation_space = Dict(OrderedDict(world.spaces, present=present))
-        self.draw_missing = draw_missing  # (steps, rng) -> (steps,) bool
-        self.removed = removed  # (M,) bool, sensors missing for good
-        self.t = self.episode_steps  # no episode is under way
-        super().reset(seed=seed)
-
-    def reset(self, *, seed=None, options=None):
-        """Starts an episode; a seed reseeds dynamics, background and missing data alike."""
-        super().reset(seed=seed)
-        # Of their own, so that one seed gives the same world at every missing rate.
-        world_rng, missing_rng = self.np_random.spawn(2)
-        steps = self.episode_steps + 1  # the first observation comes before any action
-        drawn = [self.draw_missing(steps, rng=missing_rng) for _ in self.world.spaces]
-        self.missing = np.stack(drawn, 1) | self.removed  # (steps, M)
-        self.t = 0
-        self.world.reset(world_rng)
-        return self.observe(), dict(self.world.info)
-
-    def step(self, action):
-        """One decision: the world's step, what the sensors give then; truncates after `episode_steps`."""
-        if self.t == self.episode_steps or self.world.terminated:
-            raise gymnasium.error.ResetNeeded("no episode is under way; call reset() first")
-        self.t += 1
-        reward = self.world.step(np.clip(action, -1, 1))
-        truncated = self.t == self.episode_steps
-        return self.observe(), reward, self.world.terminated, truncated, dict(self.world.info)
-
-    def observe(self):
-        """Reads the sensors that work now and flags them as present; the others are zero."""
-        missing = self.missing[self.t]
-        readings = self.world.sense([m for m, gone in zip(self.world.spaces, missing) if not gone])
-        zeros = {m: np.zeros(space.shape, space.dtype) for m, space in self.world.spaces.items()}
-        return zeros | readings | {"present": (~missing).astype(np.int8)}
-
-    def render(self):
-        return self.world.picture
-
-    def close(self):
-        self.world.close()
-
-
 # ---- 6. Making environments ----
 
 
 def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="train",
-             missing_process="exact", remove=(), randomize=None):
-    """One environment; its first `reset()` follows from the seed.
+             missing_process="exact", remove=(), randomize=None, task_kwargs=None):
+    """Make one environment; its first `reset()` follows from the seed.
 
-    task             one of TASKS
+    task             one of TASKS, or what `gymnasium.make` takes: "Hopper-v5", "my_package:Reach-v0"
     missing_rate     fraction of each sensor's readings that are missing, in [0, 1): training
                      0.375, evaluation 0, 0.375 and 0.75                              Table I
-    backgrounds      "procedural" or a path, see `open_backgrounds`; the control suite's only
+    backgrounds      "procedural" or a path, see `open_backgrounds`; for the control suite
     split            "train" or "eval" backgrounds
     missing_process  "exact", the paper's, or "released", see `released_schedule`
     remove           names of sensors that are missing for good                     Table II
-    randomize        Table Wiping's domain randomisation; by default in the "train" split only
+    randomize        domain randomisation of Table Wiping; by default in the "train" split only
+    task_kwargs      arguments of `gymnasium.make`; {"render_mode": "rgb_array"} adds a sensor `camera`
 
-    Raises ValueError for anything else, and where Table Wiping lacks robosuite.
+    Raises ValueError for anything else, or if Table Wiping lacks robosuite.
     """
-    for name, value, choices in (("task", task, TASKS), ("split", split, SPLITS),
-                                 ("missing_process", missing_process, SCHEDULES)):
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}; choose from {', '.join(choices)}")
-    if not 0 <= missing_rate < 1:
-        raise ValueError(f"missing_rate is {missing_rate}; choose one in [0, 1)")
-    if missing_process == "released" and missing_rate not in RELEASED_START:
-        raise ValueError(f"missing_rate is {missing_rate}; the released process has 0, 0.375, 0.75")
-    if randomize and task != "table_wiping":
-        raise ValueError(f"randomize is for table_wiping; {task} has none")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; choose from {', '.join(SPLITS)}")
+    for name, given, allowed, who in (("backgrounds", backgrounds != "procedural", task in SUITE, "the control suite"),
+                                      ("randomize", randomize, task == "table_wiping", "table_wiping"),
+                                      ("task_kwargs", task_kwargs, task not in TASKS, "gymnasium.make")):
+        if given and not allowed:
+            raise ValueError(f"{name} is for {who}; {task} has none: leave it out")
     if task in TOY:
-        world = ToyWorld(TOY[task])
+        env = ToyWorld(TOY[task])
+    elif task in SUITE:
+        env = ControlSuite(*SUITE[task], open_backgrounds(backgrounds, split))
     elif task == "table_wiping":
         from wiping import TableWiping
 
-        world = TableWiping(split == "train" if randomize is None else randomize)
+        env = TableWiping(split == "train" if randomize is None else randomize)
     else:
-        world = ControlSuite(*SUITE[task], open_backgrounds(backgrounds, split))
-    if not set(remove) < set(world.spaces):
-        raise ValueError(f"remove is {remove}; choose some of {', '.join(world.spaces)}, not all")
-    draw_missing = partial(SCHEDULES[missing_process], rate=missing_rate, max_length=MAX_SEGMENT)
-    return MultiModalEnv(world, seed, draw_missing, np.array([m in remove for m in world.spaces]))
+        env = make_gymnasium(task, task_kwargs or {})
+    return MissingSensors(env, missing_rate, missing_process, remove, seed)
+
+
+def make_gymnasium(task, task_kwargs):
+    """gymnasium.make, with MuJoCo's pictures twelve times as fast; ValueError if it does not know the task."""
+    choose_renderer()
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame, which draws some environments, looks for a loudspeaker
+    try:
+        env = gymnasium.make(task, **task_kwargs)
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"task is {task!r}; choose from {', '.join(TASKS)}, or give an id that gymnasium.make "
+                         f"knows, as package:id where a package registers it ({line})") from error  # fmt: skip
+    if hasattr(env.unwrapped, "model") and hasattr(env.unwrapped.model, "vis"):  # MuJoCo, as in `ControlSuite.load`
+        env.unwrapped.model.vis.quality.shadowsize = env.unwrapped.model.vis.quality.offsamples = 0
+    return env
+
+
+def seeds(*numbers, count):
+    """`count` seeds that depend on all the numbers, and on how many there are: NumPy takes (1,) and (1, 0) for one."""
+    return [int(seed) for seed in np.random.SeedSequence((len(numbers), *numbers)).generate_state(count)]
+
+
+# ---- 7. Worker processes ----
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, hung, or its environment failed."""
+    """A worker process could not start, died or hung, or its environment failed."""
+
+
+def reporting(method):
+    """A method of `Workers` that reports the failure of a worker process as WorkerError."""
+
+    def call(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except multiprocessing.TimeoutError as error:
+            raise WorkerError(f"an environment's process has not answered for {self.TIMEOUT} s") from error
+        except (EOFError, ConnectionError) as error:
+            codes = [process.exitcode for process in self.processes if process.exitcode is not None]
+            raise WorkerError(f"an environment's process has died, exit code {codes}: was it killed, "
+                              "or is memory short?") from error  # fmt: skip
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOSPC):
+                raise
+            raise WorkerError(f"no worker processes: {error}; allow more open files (ulimit -n) or a larger /dev/shm, "
+                              "or use fewer environments") from error  # fmt: skip
+
+    return call
 
 
 class Workers(AsyncVectorEnv):
-    """Environments in worker processes that leave signals to the main process and end with it.
+    """Environments in worker processes, which leave signals to the main process and end with it.
 
-    Raises WorkerError where a worker has died, at once, or has not answered for `TIMEOUT` seconds.
+    Raises WorkerError at once if a worker dies, and if one does not answer for `TIMEOUT` seconds.
     """
 
     TIMEOUT = 300
@@ -584,33 +706,31 @@ class Workers(AsyncVectorEnv):
     def __init__(self, makers, context):
         self.processes, self.parent_pipes = [], []
         atexit.register(self.close)  # before multiprocessing's own end, whose SIGTERM the workers ignore
-        self.ask(super().__init__, makers, context=context, worker=work)
-
-    def ask(self, method, *args, **kwargs):
-        """A method of AsyncVectorEnv; what goes wrong with a worker is told as WorkerError."""
         try:
-            return method(*args, **kwargs)
-        except multiprocessing.TimeoutError as error:
-            raise WorkerError(f"an environment's process has not answered for {self.TIMEOUT} s") from error
-        except (EOFError, ConnectionError) as error:
-            codes = [process.exitcode for process in self.processes if process.exitcode is not None]
-            raise WorkerError(f"an environment's process has died, exit code {codes}: was it killed, "
-                              "or is memory short?") from error  # fmt: skip
+            reporting(AsyncVectorEnv.__init__)(self, makers, context=context, worker=work)
+        except BaseException:
+            self.close()
+            raise
 
-    def reset_async(self, *args, **kwargs):
-        return self.ask(super().reset_async, *args, **kwargs)
+    reset_async, reset_wait = reporting(AsyncVectorEnv.reset_async), reporting(AsyncVectorEnv.reset_wait)
+    step_async, step_wait = reporting(AsyncVectorEnv.step_async), reporting(AsyncVectorEnv.step_wait)
+    call_async, call_wait = reporting(AsyncVectorEnv.call_async), reporting(AsyncVectorEnv.call_wait)
 
-    def reset_wait(self):
-        return self.ask(super().reset_wait, self.TIMEOUT)
+    def _poll_pipe_envs(self, timeout=None):
+        """Wait until all workers have answered, at most `TIMEOUT` seconds in which this process runs.
 
-    def step_async(self, actions):
-        return self.ask(super().step_async, actions)
-
-    def step_wait(self):
-        return self.ask(super().step_wait, self.TIMEOUT)
+        A stop of any length (Ctrl-Z) falls into one of many short waits, and counts as no more.
+        """
+        waits = 0
+        for pipe in self.parent_pipes:
+            while not pipe.poll(self.TIMEOUT / 100):
+                waits += 1
+                if waits == 100:
+                    return False
+        return True
 
     def _raise_if_errors(self, successes):
-        """What an environment raised, as WorkerError; its traceback is printed if it may be a bug."""
+        """Raise an environment's error as WorkerError; print its traceback unless it is a ValueError."""
         if not all(successes):
             _, kind, value, trace = self.error_queue.get()
             if kind is not ValueError:
@@ -618,36 +738,54 @@ class Workers(AsyncVectorEnv):
             raise WorkerError(f"an environment failed: {value}")
 
     def close_extras(self, **kwargs):
-        """Ends the workers, whatever they are doing: they hold nothing that needs saving."""
+        """Kill the workers: they hold nothing that needs saving."""
         atexit.unregister(self.close)
-        for process in self.processes:
+        started = [process for process in self.processes if process.pid is not None]
+        for process in started:
             process.kill()
-        for process in self.processes:
+        for process in started:
             process.join()
         for pipe in self.parent_pipes:
             pipe.close()
 
 
+def die_with_parent():
+    """Kill this process as soon as the one that made it has ended, even by SIGKILL and in the midst of a step.
+
+    Linux's PR_SET_PDEATHSIG is not used: it follows the *thread* that made this process.
+    """
+    parent: Any = multiprocessing.parent_process()
+    try:
+        end = os.pidfd_open(parent.pid)  # readable once the process has ended
+    except (AttributeError, OSError):  # not Linux, no file descriptor left, or the parent has ended already
+        end = parent.sentinel
+
+    def watch():
+        multiprocessing.connection.wait([end])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def work(*args):
-    """Gymnasium's worker. A signal to the process group, like Ctrl-C, must not end it under way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
+    """Run Gymnasium's worker, which ignores signals to the process group, like Ctrl-C: the main process ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
     _async_worker(*args)
 
 
 def make_vector_env(task, num_envs, seed=0, **kwargs):
-    """Environments in worker processes, seeded apart; kwargs as of `make_env`.
+    """Make environments in worker processes, seeded apart; kwargs as of `make_env`.
 
-    `reset(seed=[...])` takes one seed per environment.  A step after the end of an episode resets and
+    `reset(seed=[...])` takes one seed per environment. A step after the end of an episode resets and
     ignores its action (AutoresetMode.NEXT_STEP).
     """
     seeds = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64).tolist()
     makers = [partial(make_env, task, seed=s, **kwargs) for s in seeds]
-    # A fork of a process in which OpenGL is open would hang at its first picture, and CUDA does not outlive a fork.
+    # A fork of a process that has opened OpenGL hangs at its first picture, and CUDA does not survive a fork.
     torch = sys.modules.get("torch")
-    is_open = "mujoco" in sys.modules or (torch is not None and torch.cuda.is_initialized())
+    is_open = "dm_control" in sys.modules or FitSpaces.rendered or (torch and torch.cuda.is_initialized())
     return Workers(makers, context="spawn" if is_open else None)
 
 

@@ -1,83 +1,67 @@
 """Table Wiping, section VI: a Panda arm wipes dirt off a table, seen by two colour cameras (Fig. 6).
 
-robosuite's Wipe as a world for `envs.MultiModalEnv`: rendered fast enough for a CPU, and with domain
-randomisation. It needs `pip install -r requirements-wiping.txt`.
+robosuite's Wipe as a Gymnasium environment: rendered fast enough for a CPU, with domain randomisation. It needs
+`pip install -r requirements-wiping.txt`, and `envs.py` beside it.
 
     control step   one action of the arm's controller, at 20 Hz
     decision       one action, repeated for `action_repeat` control steps
     marker         a disc of dirt, 4 cm wide; 100 of them overlap to a line
 
     world = TableWiping(randomize=True)
-    world.reset(np.random.default_rng(0))
-    reward = world.step(scripted_action(world.info))
-    readings = world.sense(["workspace", "robot"])        # a picture each
+    observation, info = world.reset(seed=0)               # {"workspace", "robot"}, a picture each
+    observation, reward, terminated, truncated, info = world.step(scripted_action(info))
 """
 
 import ctypes
 import importlib.util
 import logging
-import os
 import platform
 import sys
-from pathlib import Path
 
 import numpy as np
-from gymnasium.spaces import Box
 
-SIZE = 64  # pixels, height and width of every image
-MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # Debian's, Ubuntu's: OpenGL without a GPU
-CAMERAS = {"workspace": "agentview", "robot": "robot0_eye_in_hand"}  # modality: camera of robosuite
+from envs import IMAGE, SIZE, World, import_renderer
+
+CAMERAS = {"workspace": "agentview", "robot": "robot0_eye_in_hand"}  # sensor: camera of robosuite
 INSTALL = "pip install -r requirements-wiping.txt"
 
 
 # ---- 1. The world, Fig. 6 ----
 
 
-class TableWiping:
+class TableWiping(World):
     """robosuite's Wipe and its reward, seen from above the table's edge and from the arm's hand.
 
     workspace, robot  (64, 64, 3) uint8
     action            (6,) in [-1, 1]: shift and turn of the tool, 1 stands for 5 cm or 0.5 rad
-    randomize         every episode has colours, lights and camera poses of its own
-    end_on_failure    a collision of the arm or a joint limit ends the episode (and so does a clean
-                      table): robosuite's default.  Dev. D17: here it costs robosuite's penalty at
-                      each control step that it lasts
+    randomize         give every episode its own colours, lights and camera poses
 
-    1000 control steps an episode, robosuite's default, two a decision as in the other tasks.
-    Raises ValueError where robosuite is not installed.
+    An episode has 1000 control steps, robosuite's default, two for each decision as in the other tasks. Nothing
+    ends it earlier: a collision or a joint limit costs robosuite's penalty at each control step that it lasts
+    (Dev. D17), and a clean table stays clean. Raises ValueError if robosuite is not installed.
     """
 
-    action_size = 6
     action_repeat, episode_steps = 2, 500
 
-    def __init__(self, randomize=False, end_on_failure=False):
+    def __init__(self, randomize=False):
         if importlib.util.find_spec("robosuite") is None:
             raise ValueError(f"table_wiping needs robosuite, which is not installed: {INSTALL}")
-        self.randomize, self.end_on_failure = randomize, end_on_failure
-        self.spaces = {name: Box(0, 255, (SIZE, SIZE, 3), np.uint8) for name in CAMERAS}
-        self.environment, self.terminated = None, False
+        super().__init__({name: IMAGE for name in CAMERAS}, action_size=6)
+        self.randomize, self.environment = randomize, None
 
     def load(self):
-        """Builds the simulator and its renderer."""
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")
-            if Path(MESA).exists() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:  # why: `ControlSuite.load`, envs.py
-                os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
-                os.environ.setdefault("LP_NUM_THREADS", "0")
-        # robosuite warns of what Wipe does not use, at import, and of a joint limit, at every step.
+        """Build the simulator and its renderer."""
+        _render = import_renderer()
+        import mujoco
+
+        # robosuite warns at import of modules that Wipe does not use, and at every step of a joint limit.
         logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
-        try:
-            import mujoco
-            from dm_control import _render
-        except AttributeError as error:  # PyOpenGL's way to say that it found no library
-            raise RuntimeError("no OpenGL library found; install the Debian packages libegl1 and "
-                               "libgl1, or libosmesa6 and set MUJOCO_GL=osmesa") from error
         import robosuite
         from robosuite.environments.manipulation.wipe import DEFAULT_WIPE_CONFIG
 
         self.environment = robosuite.make(
             "Wipe", robots="Panda", horizon=self.action_repeat * self.episode_steps, ignore_done=True,
-            task_config=dict(DEFAULT_WIPE_CONFIG, early_terminations=self.end_on_failure),
+            task_config=dict(DEFAULT_WIPE_CONFIG, early_terminations=False),
             hard_reset=False, use_object_obs=False, use_camera_obs=False, has_renderer=False,
             has_offscreen_renderer=False, renderer="mujoco", seed=0,
         )
@@ -88,17 +72,17 @@ class TableWiping:
         self.discs = np.array([sim.model.geom_name2id(marker.visual_geoms[0]) for marker in markers])
         self.tool = self.environment.robots[0].eef_site_id["right"]
         self.look_changer = LookChanger(mujoco, self.model, self.discs)
-        # The control suite's kind of context: it believes that none but its kind ever is current.
+        # The control suite believes that no other kind of context is ever current.
         self.gl = _render.Renderer(SIZE, SIZE)
         with self.gl.make_current() as gl:
             gl.call(self.open_renderer)
-        # What the model was made from: 180 MB that would stay with every worker process.
+        # The files of the model: 180 MB that every worker process would keep.
         mujoco.mj_clearCache(mujoco.mj_getCache())
         if platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).malloc_trim(0)
 
     def open_renderer(self):
-        """A renderer of our own, for robosuite's leaves no choice of what a frame costs."""
+        """Make a renderer of our own: robosuite's cannot be made cheaper."""
         # In software, shadows, multisampling and reflections cost four times the rest of a frame.
         mujoco, quality = self.mujoco, self.model.vis.quality
         quality.shadowsize, quality.offsamples = 0, 0
@@ -109,39 +93,31 @@ class TableWiping:
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.visible = mujoco.MjvOption()
-        self.visible.geomgroup[:] = [0, 1, 0, 0, 0, 0]  # what is for show, not what collides
+        self.visible.geomgroup[:] = [0, 1, 0, 0, 0, 0]  # geoms to be seen, not those that collide
         self.visible.sitegroup[:] = 0
 
-    def reset(self, rng):
+    def begin(self, rng):
         if self.environment is None:
             self.load()  # only now, in the worker: an open OpenGL does not survive a fork
-        # Of their own, so that one seed gives the same task with and without randomisation.
+        # Two generators, so that one seed gives the same task with and without randomisation.
         task_rng, look_rng = rng.spawn(2)
         self.environment.rng = self.environment.model.mujoco_arena.rng = task_rng
         self.environment.reset()
-        self.terminated = False
         if self.randomize:
             self.look_changer.change(look_rng)
             self.mujoco.mj_camlight(self.model, self.data)  # poses in the world, and nothing else
 
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.action_repeat):
-            _, reward, self.terminated, _ = self.environment.step(action)
-            total += reward
-            if self.terminated:
-                break
-        return float(total)
+    def move(self, action):
+        return float(sum(self.environment.step(action)[1] for _ in range(self.action_repeat)))
 
     def sense(self, names):
         return {name: self.look(CAMERAS[name]) for name in names}
 
-    @property
-    def picture(self):
+    def render(self):
         return self.look(CAMERAS["workspace"])
 
     def look(self, camera):
-        """What a camera of robosuite sees now, (64, 64, 3) uint8."""
+        """The present picture of a camera of robosuite, (64, 64, 3) uint8."""
         mujoco = self.mujoco
         view = mujoco.MjvCamera()
         view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self.model.camera(camera).id
@@ -155,7 +131,7 @@ class TableWiping:
 
     @property
     def info(self):
-        """Positions (3,) of the tool and of the nearest dirt, in metres; how many markers are wiped."""
+        """Positions (3,) of the tool and of the nearest dirt, in metres; the number of wiped markers."""
         dirty = self.model.geom_rgba[self.discs, 3] > 0  # robosuite makes a wiped marker transparent
         tool = self.data.site_xpos[self.tool].copy()
         dirt = self.data.xpos[self.markers[dirty]] if dirty.any() else tool[None]
@@ -163,7 +139,7 @@ class TableWiping:
         return {"tool": tool, "dirt": nearest.copy(), "wiped": int((~dirty).sum())}
 
     def close(self):
-        """Frees the simulator and its OpenGL context."""
+        """Free the simulator and its OpenGL context."""
         if self.environment is not None:
             with self.gl.make_current() as gl:
                 gl.call(self.context.free)
@@ -173,7 +149,7 @@ class TableWiping:
 
 
 def scripted_action(info):
-    """The action (6,) that goes straight to the nearest dirt and presses: the yardstick."""
+    """The action (6,) that goes straight to the nearest dirt and presses: the best policy we know."""
     shift = (info["dirt"] - info["tool"]) / 0.05
     if info["wiped"] < 100:
         shift[2] -= 0.15  # 7 mm into the table: enough to wipe, too little for a penalty
@@ -182,9 +158,9 @@ def scripted_action(info):
 
 # ---- 2. Domain randomisation ----
 
-# Half-widths of the uniform distributions around the originals: robosuite's defaults, but for the
-# colours, which its bright light would leave white.  robosuite's own wrapper fails with this MuJoCo,
-# returns the picture from before the change and draws wiped markers again.
+# Half-widths of the uniform distributions around the original values: robosuite's defaults, except for the colours,
+# which would stay white in its bright light. robosuite's own wrapper fails with this MuJoCo, returns the picture from
+# before the change, and draws wiped markers again.
 COLOUR = 0.5  # largest share of a random colour in every surface but the dirt
 LIGHT = 0.1  # metres
 LIGHT_COLOUR = 0.25  # of red, green and blue
@@ -195,9 +171,9 @@ CAMERA_ANGLE = 5.0  # degrees, of the field of view
 
 
 class LookChanger:
-    """Colours, lights and camera poses of a MuJoCo model, changed around their original values.
+    """Change colours, lights and camera poses of a MuJoCo model around their original values.
 
-    keep  geoms whose colour stays: the markers, whose visibility is the state of the task
+    keep  geoms whose colour stays: the markers, whose visibility is part of the task's state
     """
 
     def __init__(self, mujoco, model, keep):
@@ -213,7 +189,7 @@ class LookChanger:
         self.headlight = {name: getattr(model.vis.headlight, name).copy() for name in ("ambient", "diffuse")}
 
     def change(self, rng):
-        """Draws a new look; what was drawn before leaves no trace."""
+        """Draw a new look, independent of the one before."""
         model, was = self.model, self.originals
         # A texture is multiplied by its geom's colour.
         share = COLOUR * rng.random((len(self.geoms), 1))
@@ -244,11 +220,11 @@ class LookChanger:
 if __name__ == "__main__":
     if importlib.util.find_spec("robosuite") is None:
         sys.exit(f"wiping.py needs robosuite: {INSTALL}")
-    world = TableWiping(randomize=True)
-    world.reset(np.random.default_rng(0))
-    print({name: (image.shape, str(image.dtype)) for name, image in world.sense(CAMERAS).items()})
-    total = 0.0
+    world, total = TableWiping(randomize=True), 0.0
+    observation, info = world.reset(seed=0)
+    print({name: (image.shape, str(image.dtype)) for name, image in observation.items()})
     for _ in range(60):
-        total += world.step(scripted_action(world.info))
-    print(f"scripted arm: reward {total:.1f} in 60 decisions, {world.info['wiped']} of 100 markers wiped")
+        _, reward, _, _, info = world.step(scripted_action(info))
+        total += reward
+    print(f"scripted arm: reward {total:.1f} in 60 decisions, {info['wiped']} of 100 markers wiped")
     world.close()

@@ -1,19 +1,25 @@
-"""envs.py: missing data, backgrounds, the control suite's sensors, the toy world, seeding."""
+"""envs.py: missing data, any environment, procedural backgrounds, the control suite, the toy world, seeds, workers."""
 
+import asyncio
+import errno
 import importlib.util
 import os
-import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text
 from gymnasium.utils.env_checker import check_env, data_equivalence
 
 import envs
@@ -148,11 +154,226 @@ def test_removed_sensors_never_return(make):
     assert env.render().any()
 
 
-# ---- 2. Backgrounds ----
+# ---- 2. Any environment ----
 
 
-def frames(source, split="train", count=10, seed=0):
-    return np.stack(list(islice(envs.open_backgrounds(source, split)(np.random.default_rng(seed)), count)))
+class Arm(gymnasium.Env):
+    """Somebody's robot: nested sensors of all kinds, an action of three motors, episodes of different lengths."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    render_mode = None
+
+    def __init__(self, length=lambda rng: rng.integers(3, 30), sensors=None, action=None):
+        self.length = length
+        self.observation_space = sensors or Dict({
+            "images": Dict({"top": Box(0, 255, (48, 96, 3), np.uint8), "wrist": Box(0, 1, (32, 32, 3), np.float64)}),
+            "depth": Box(0, 30, (120, 160, 1), np.float64), "grey": Box(0, 255, (50, 40), np.uint8),
+            "joints": Box(-np.inf, np.inf, (7,), np.float64), "count": Box(1, 9, (), np.int64),
+        })  # fmt: skip
+        self.action_space = action or Box(np.float64([-2, 0, 5]), np.float64([2, 1, 6]), dtype=np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.end = 0, self.length(self.np_random)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.t, self.action = self.t + 1, action
+        return self.observation_space.sample(), float(self.t), self.t == self.end, False, {}
+
+
+def test_anybodys_sensors_take_the_forms_that_the_model_reads():
+    env = envs.MissingSensors(Arm(), seed=0)
+    expected = {"images.top": envs.IMAGE, "images.wrist": envs.IMAGE, "depth": envs.DEPTH, "grey": envs.IMAGE,
+                "joints": Box(-np.inf, np.inf, (7,), np.float32), "count": Box(0, 9, (1,), np.float32),
+                "present": MultiBinary(6)}  # fmt: skip
+    assert dict(env.observation_space.items()) == expected
+    assert list(env.observation_space)[-1] == "present"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of infinite bounds, and of a wrapper around an environment
+        check_env(env)
+    for observation, *_ in rollout(envs.MissingSensors(Arm(lambda rng: 99), seed=0), 40):
+        assert observation in env.observation_space
+        for name, present in zip(env.sensors, observation["present"]):
+            assert observation[name].any() == present
+        for name in ("images.top", "images.wrist", "grey"):
+            assert not observation[name].any() or 110 < observation[name].mean() < 145
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 192), (100, 37), (30, 20)])
+def test_images_are_means_over_areas(shape):
+    image = np.random.default_rng(0).random((*shape, 2)).astype(np.float32)
+    fine = image.astype(float).repeat(64, 0).repeat(64, 1)  # each new pixel covers a whole number of these
+    expected = fine.reshape(64, shape[0], 64, shape[1], 2).mean((1, 3))
+    assert envs.resize(image) == pytest.approx(expected, abs=1e-5)
+
+
+def test_kinds_of_readings():
+    grey = np.arange(64 * 64).reshape(64, 64).astype(np.uint8)
+    assert (envs.fit(grey, envs.IMAGE) == grey[..., None]).all()
+    assert (envs.fit(grey[..., None], envs.IMAGE) == grey[..., None]).all()
+    colour = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    assert (envs.fit(colour, envs.IMAGE) == colour).all()
+    assert (envs.fit(colour.astype(float), envs.IMAGE) == colour).all()  # of another type than it says
+    assert (envs.fit(colour / 255, envs.IMAGE, unit=True) == colour).all()
+    metres = np.full((128, 128, 1), 2.5)
+    metres[:2, :2], metres[2:4, :2], metres[4:6, :2], metres[6:8, :2] = np.nan, np.inf, 1000, -np.inf
+    depth = envs.fit(metres, envs.DEPTH)
+    assert depth.dtype == np.float32 and (depth[:4, 0, 0] == [10, 10, 10, 0]).all() and (depth[4:] == 2.5).all()
+    assert envs.fit(np.int64(3), Box(0, 9, (1,), np.float32)).tolist() == [3]
+
+
+def refused(env):
+    with pytest.raises(ValueError) as error:
+        envs.MissingSensors(env)
+    assert "\n" not in str(error.value) and "allowed" in str(error.value) or "name" in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("space", [
+    Box(0, 65535, (64, 64, 1), np.uint16), Box(0, 10_000, (64, 64, 1), np.int32),  # millimetres are not guessed
+    Box(0, 1, (64, 64, 1), np.float32),  # grey, or depth?
+    Box(0, 255, (64, 64, 3), np.float32), Box(0, 255, (3, 64, 64), np.uint8), Box(0, 255, (64, 64, 4), np.uint8),
+    Box(0, 9, (4, 4), np.float32), Box(0, 9, (0,), np.float32), Discrete(3), MultiBinary(3), Text(5),
+], ids=str)  # fmt: skip
+def test_other_sensors_are_refused_by_name(space):
+    assert "Arm" in (line := refused(Arm(sensors=Dict({"fine": Box(0, 1, (2,)), "odd": space})))) and "'odd'" in line
+
+
+@pytest.mark.parametrize("space", [Discrete(3), MultiDiscrete([2, 2]), Box(-1, np.inf, (2,)), Box(0, 5, (2,), np.int64)], ids=str)
+def test_other_actions_are_refused(space):
+    assert "bounded Box of floats" in refused(Arm(action=space))
+
+
+@pytest.mark.parametrize("name", envs.RESERVED)
+def test_names_that_the_replay_keeps_are_refused(name):
+    assert repr(name) in refused(Arm(sensors=Dict({"fine": Box(0, 1, (2,)), name: Box(0, 1, (2,))})))
+
+
+def test_two_sensors_of_one_name_are_refused():
+    assert "a.b" in refused(Arm(sensors=Dict({"a.b": Box(0, 1, (2,)), "a": Dict({"b": Box(0, 1, (2,))})})))
+
+
+def test_actions_are_rescaled():
+    env = envs.MissingSensors(Arm(lambda rng: 99))
+    env.reset()
+    assert env.action_space == Box(-1, 1, (3,), np.float32)
+    for action, expected in (([-1, -1, -1], [-2, 0, 5]), ([1, 1, 1], [2, 1, 6]), ([0, 0, 9], [0, 0.5, 6])):
+        env.step(np.float32(action))
+        assert env.unwrapped.action.tolist() == expected
+    env = envs.MissingSensors(Arm(action=Box(-3, 3, (2, 2), np.float32)))
+    env.reset(), env.step(np.float32([-1, 0, 0.5, 1]))
+    assert env.unwrapped.action.tolist() == [[-3, 0], [1.5, 3]] and env.unwrapped.action.dtype == np.float32
+
+
+def test_missing_data_go_on_where_episodes_have_no_limit():
+    env = envs.MissingSensors(Arm(lambda rng: 10**9, sensors=Box(0, 1, (2,))), missing_rate=0.75, seed=1)
+    env.reset()
+    present = [env.step(np.zeros(3))[0]["present"][0] for _ in range(2500)]
+    assert (env.episode_steps, env.action_repeat, env.can_terminate) == (None, 1, True)
+    assert env.missing.shape == (3000, 1) and present == (~env.missing[1:2501, 0]).tolist()
+    assert (env.missing.reshape(3, 1000).sum(1) == 750).all()
+
+
+def test_an_environment_may_tell_its_attributes():
+    arm = Arm()
+    arm.episode_steps, arm.action_repeat, arm.can_terminate = 30, 4, False
+    env = envs.MissingSensors(gymnasium.wrappers.TimeLimit(arm, 30))
+    env.reset()
+    assert (env.episode_steps, env.action_repeat, env.can_terminate, len(env.missing)) == (30, 4, False, 31)
+
+
+def test_its_own_time_limit_truncates_and_its_end_terminates():
+    for end, limit, expected in ((5, 9, (True, False)), (9, 5, (False, True))):
+        env = envs.MissingSensors(gymnasium.wrappers.TimeLimit(Arm(lambda rng, end=end: end), limit))
+        results = rollout(env, 5)
+        assert results[-1][2:4] == expected and not any(r[2] or r[3] for r in results[1:-1])
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            env.step(np.zeros(3))
+
+
+@pytest.mark.parametrize("task", ["toy", "finger_spin", "Arm"])
+def test_what_is_missing_is_not_rendered(make, monkeypatch, task):
+    class Camera(Arm):
+        render_mode = "rgb_array"
+
+        def render(self):
+            drawn.append(1)
+            return np.full((30, 50, 3), 7, np.uint8)
+
+    drawn, seen = [], 0
+    if task == "Arm":
+        env = envs.MissingSensors(Camera(lambda rng: 10**9), missing_rate=0.75, seed=0)
+    else:
+        env = make(task, missing_rate=0.75)
+        owner, name = (envs.ToyCamera, "draw") if task == "toy" else (envs.ControlSuite, "look")
+        draw = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (drawn.append(1), draw(*args))[1])
+    for observation, *_ in rollout(env, 60):
+        present = dict(zip(env.sensors, observation["present"]))
+        seen += present["camera"] if task != "finger_spin" else present["rgb"] or present["depth"]
+        assert task != "Arm" or (observation["camera"] == 7 * present["camera"]).all()
+    assert 0 < seen < 61 and len(drawn) == seen
+    assert env.render().any()
+    env.unwrapped.wanted, before = (), len(drawn)
+    if task != "Arm":  # a policy that does not look need not render at all
+        assert env.unwrapped.reset(seed=1)[0] == env.unwrapped.step(np.zeros(2))[0] == {} and len(drawn) == before
+
+
+def test_the_world_alone_is_the_world_behind_the_sensors(make):
+    env, world = make("toy", missing_rate=0), make("toy").unwrapped
+    names = list(env.sensors)
+    world.wanted = names
+    env.reset(seed=3), world.reset(seed=3)
+    behind, alone = env.step([0.5, -1]), world.step([0.5, -1])
+    assert same(behind[1:], alone[1:]) and all((behind[0][name] == alone[0][name]).all() for name in names)
+
+
+def test_a_task_of_gymnasium(tmp_path):
+    """Pendulum needs pygame for its pictures only."""
+    env = make_env("Pendulum-v1", seed=4)
+    assert list(env.observation_space) == ["state", "present"]
+    assert (env.episode_steps, env.action_repeat, env.can_terminate) == (200, 1, True)
+    results = rollout(env, 200)
+    assert [r[3] for r in results[1:]] == [False] * 199 + [True] and not any(r[2] for r in results[1:])
+    assert env.missing.shape == (201, 1) and env.missing.sum() == round(0.375 * 201)
+    assert same(results, rollout(make_env("Pendulum-v1", seed=4), 200))
+
+
+def test_a_task_of_a_package(tmp_path, monkeypatch):
+    (tmp_path / "my_robots.py").write_text(
+        "import gymnasium, test_envs\n"
+        "gymnasium.register('Arm-v0', lambda **kwargs: test_envs.Arm(**kwargs), max_episode_steps=12)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    small = {"sensors": Dict({"joints": Box(-9, 9, (3,))})}
+    vector = make_vector_env("my_robots:Arm-v0", 3, task_kwargs=small)
+    vector.reset(seed=[1, 2, 3])
+    lengths, seen, resets = np.zeros(3, int), set(), np.zeros(3, bool)
+    for _ in range(60):
+        observation, reward, terminated, truncated, _ = vector.step(np.zeros((3, 3), np.float32))
+        assert (reward[resets] == 0).all() and (reward[~resets] == lengths[~resets] + 1).all()
+        lengths = np.where(resets, 0, lengths + 1)
+        resets = terminated | truncated
+        assert (truncated <= (lengths == 12)).all()
+        seen |= set(lengths[resets].tolist())
+    assert vector.get_attr("episode_steps") == (12, 12, 12) and len(seen) > 2
+    vector.close()
+    del gymnasium.registry["Arm-v0"]
+
+
+@pytest.mark.parametrize("task", ["Hopper-v5", "Pendulum-v1"])
+def test_a_camera_beside_the_state(task):
+    pytest.importorskip({"Hopper-v5": "imageio", "Pendulum-v1": "pygame"}[task])
+    env = make_env(task, missing_rate=0, task_kwargs={"render_mode": "rgb_array"})
+    assert list(env.observation_space) == ["state", "camera", "present"]
+    for observation, *_ in rollout(env, 3):
+        assert observation in env.observation_space and observation["camera"].std() > 1
+        assert np.abs(observation["camera"] - envs.fit(env.render(), envs.IMAGE).astype(int)).max() >= 0
+    env.close()
+
+
+# ---- 3. Procedural backgrounds ----
 
 
 def amplitude_slope(pictures):
@@ -209,178 +430,19 @@ def test_every_episode_has_a_new_background(make):
     assert all((a != b).mean() > 0.5 for a, b in zip(pictures, pictures[1:]))
 
 
-def write_video(path, levels, size=(96, 80)):
-    """A video of grey frames, each of one level."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.bit_rate = 4_000_000
-        for level in levels:
-            picture = np.full((size[1], size[0], 3), level, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode())
-
-
-def write_frames(folder, levels):
-    import av
-
-    folder.mkdir(parents=True)
-    for i, level in enumerate(levels):
-        with av.open(str(folder / f"{i:05d}.jpg"), "w", format="image2") as container:
-            stream = container.add_stream("mjpeg")
-            stream.width, stream.height, stream.pix_fmt = 120, 90, "yuvj420p"
-            picture = np.full((90, 120, 3), level, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-            container.mux(stream.encode())
-
-
-def array_of(levels):
-    return np.broadcast_to(np.uint8(levels)[:, None, None, None], (len(levels), 64, 64, 3)).copy()
-
-
-LEVELS = [40, 80, 120, 160]
-
-
-def write_source(kind, folder):
-    """One of the five kinds of background sources, each of two videos where it can hold two."""
-    if kind == "video":
-        write_video(folder / "clip.mp4", LEVELS)
-        return folder / "clip.mp4"
-    if kind == "videos":
-        write_video(folder / "a.avi", [250] * 4)
-        write_video(folder / "b.mp4", LEVELS)
-    elif kind == "frames":
-        write_frames(folder / "train" / "a", [250] * 4)
-        write_frames(folder / "train" / "b", LEVELS)
-    elif kind == "npy":
-        np.save(folder / "videos.npy", np.stack([array_of([250] * 4), array_of(LEVELS)]))
-        return folder / "videos.npy"
-    else:
-        with open(folder / "natural_train.pkl", "wb") as file:
-            pickle.dump(array_of(LEVELS), file, protocol=int(kind[-1]))
-        return folder / "natural_train.pkl"
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["video", "videos", "frames", "npy", "pkl2", "pkl3", "pkl4", "pkl5"])
-def test_background_sources(make, tmp_path, kind):
-    source = write_source(kind, tmp_path)
-    starts = set()
-    for seed in range(12):
-        video = frames(source, seed=seed, count=13)
-        assert video.shape == (13, 64, 64, 3) and video.dtype == np.uint8
-        levels = video.mean((1, 2, 3))
-        nearest = np.abs(levels[:, None] - LEVELS).argmin(1)
-        assert np.abs(levels - np.array(LEVELS)[nearest]).max() < 4
-        # Forwards and backwards for ever, without a cut.
-        assert (np.abs(np.diff(nearest)) == 1).all() and set(nearest) == {0, 1, 2, 3}
-        starts.add(nearest[0])
-    assert len(starts) > 1
-    if kind in ("videos", "frames", "npy"):  # the first of ten is for evaluation
-        assert frames(source, "eval").mean() == pytest.approx(250, abs=4)
-    env = make("finger_spin", missing_rate=0, backgrounds=source)
-    background = env.reset()[0]["rgb"][~env.world.foreground]
-    assert np.ptp(background.astype(int), axis=0).max() <= 4
-
-
-def test_one_frame_is_a_background_too(tmp_path):
-    np.save(tmp_path / "one.npy", array_of([70]))
-    assert (frames(tmp_path / "one.npy") == 70).all()
-
-
-def test_a_video_is_scaled_not_cropped(tmp_path):
-    import av
-
-    picture = np.zeros((80, 96, 3), np.uint8)
-    picture[:40, 48:, 0] = 255  # red in the upper right quarter
-    (tmp_path / "video").mkdir()
-    with av.open(str(tmp_path / "video" / "0.png"), "w", format="image2") as container:
-        stream = container.add_stream("png")
-        stream.width, stream.height, stream.pix_fmt = 96, 80, "rgb24"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode())
-    expected = np.zeros((64, 64, 3), int)
-    expected[:32, 32:, 0] = 255
-    assert np.abs(frames(tmp_path, count=1)[0].astype(int) - expected).mean() < 2
-
-
-class Payload:
-    """What unpickling this would create must never appear."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_pickle_that_runs_code_is_refused(tmp_path, nested):
-    payload = Payload(tmp_path / "executed")
-    payload = np.array([payload, None], object) if nested else payload
-    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(payload))
-    with pytest.raises(ValueError, match="bad.pkl"):
-        make_env("finger_spin", backgrounds=tmp_path / "bad.pkl")
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "garbage.mp4", "cut.mp4", "garbage.npy", "garbage.pkl",
-                                  "float.npy", "small.npy", "a/0.jpg", "sound.mp4"])
-def test_bad_backgrounds_are_named(tmp_path, kind):
-    source = tmp_path / "source"
-    if kind != "missing":
-        source.mkdir()
-    if kind.startswith(("garbage", "a/")):
-        (source / "a").mkdir()
-        (source / kind).write_bytes(b"no video at all" * 100)
-    elif kind == "cut.mp4":
-        write_video(tmp_path / "whole.mp4", LEVELS)
-        (source / kind).write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
-    elif kind == "float.npy":
-        np.save(source / kind, array_of(LEVELS).astype(float))
-    elif kind == "small.npy":
-        np.save(source / kind, array_of(LEVELS)[:, ::2, ::2])
-    elif kind == "sound.mp4":
-        import av
-
-        with av.open(str(source / kind), "w") as container:
-            stream = container.add_stream("aac", rate=44100)
-            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            sound.sample_rate = 44100
-            container.mux(stream.encode(sound))
-            container.mux(stream.encode())
-    named = source if kind in ("missing", "empty") else source / kind
-    if named.suffix in (".npy", ".pkl"):
-        source = named
-    with pytest.raises(ValueError) as error:
-        make_env("finger_spin", backgrounds=source)
-    assert str(named) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_unreadable_video_among_good_ones_is_not_skipped(tmp_path):
-    for name in ("a", "b", "c"):
-        write_video(tmp_path / f"{name}.mp4", LEVELS)
-    (tmp_path / "d.mp4").write_bytes(b"no video at all" * 100)
-    with pytest.raises(ValueError, match="d.mp4"):
-        for seed in range(20):
-            frames(tmp_path, seed=seed)
-
-
-# ---- 3. Multi-Modal Natural MuJoCo ----
+# ---- 4. Multi-Modal Natural MuJoCo ----
 
 
 @pytest.mark.parametrize("task", DOMAINS)
 def test_depth_is_in_metres(make, task):
     env = make(task, missing_rate=0)
     observation = rollout(env, 30)[-1][0]
-    physics = env.world.environment.physics
+    physics = env.unwrapped.environment.physics
     reference = np.minimum(physics.render(64, 64, camera_id=0, depth=True), envs.MAX_DEPTH)
     assert observation["depth"][..., 0] == pytest.approx(reference, rel=1e-3)
     assert (observation["depth"] == observation["depth"].astype(np.float16)).all()
     assert (observation["depth"] == envs.MAX_DEPTH).any()  # the sky: the video is not in it
-    body = observation["depth"][..., 0][env.world.foreground]
+    body = observation["depth"][..., 0][env.unwrapped.foreground]
     distance = np.linalg.norm(physics.data.cam_xpos[0] - physics.data.subtree_com[1])
     assert abs(np.median(body) - distance) < 0.5
 
@@ -390,7 +452,7 @@ def test_depth_is_in_metres(make, task):
 def test_foreground_is_exact(make, task):
     env = make(task, missing_rate=0)
     env.reset()
-    world, rng = env.world, np.random.default_rng(0)
+    world, rng = env.unwrapped, np.random.default_rng(0)
     physics = world.environment.physics
     ground = physics.model.name2id("floor" if task == "walker_walk" else "ground", "geom")
     for _ in range(60):
@@ -412,9 +474,9 @@ def test_touch_sites_leave_the_simulation_as_it_was(make, task):
 
     domain, name, *_ = envs.SUITE[task]
     original = suite.load(domain, name, task_kwargs={"random": 7})
-    env.world.random.seed(7)
-    env.world.environment.reset(), original.reset()
-    physics = env.world.environment.physics
+    env.unwrapped.random.seed(7)
+    env.unwrapped.environment.reset(), original.reset()
+    physics = env.unwrapped.environment.physics
     for action in np.random.default_rng(0).uniform(-1, 1, (100, *env.action_space.shape)):
         reward = env.step(action)[1]
         assert reward == original.step(action).reward + original.step(action).reward
@@ -445,9 +507,9 @@ def test_soles_feel_the_ground(make):
         env.reset()
         for _ in range(60):
             env.step(rng.uniform(-1, 1, 6))
-            physics = env.world.environment.physics
+            physics = env.unwrapped.environment.physics
             physics.forward()  # contacts and sensors of one and the same moment
-            touch = np.expm1(env.world.sense(["touch"])["touch"])
+            touch = np.expm1(env.unwrapped.sense(["touch"])["touch"])
             for newtons, foot in zip(touch, ("right_foot", "left_foot")):
                 expected = sum(normal_forces(physics, {foot}, {"floor"}))
                 assert newtons == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -458,21 +520,21 @@ def test_soles_feel_the_ground(make):
 def test_cup_feels_the_ball_inside_it_only(make):
     env = make("cup_catch", missing_rate=0)
     env.reset()
-    physics = env.world.environment.physics
+    physics = env.unwrapped.environment.physics
     weight = 9.81 * physics.named.model.body_mass["ball"]
     for ball_z, newtons in ((0.33, weight), (0.05, 0)):  # in the cup; hanging from its string
         with physics.reset_context():
             physics.named.data.qpos["ball_x"], physics.named.data.qpos["ball_z"] = 0.001, ball_z
         for _ in range(300):
             observation, *_ = env.step([0, 0])
-            env.t = 0
+            env.t = env.unwrapped.t = 0
         assert np.expm1(observation["touch"][0]) == pytest.approx(newtons, rel=0.02, abs=1e-6)
 
 
 def test_cup_feels_nearly_every_contact_inside_it(make):
     env = make("cup_catch", missing_rate=0)
     env.reset()
-    physics = env.world.environment.physics
+    physics = env.unwrapped.environment.physics
     with physics.reset_context():
         physics.named.data.qpos["ball_z"] = 0.35  # just above the bottom of the cup
     walls = {f"cup_part_{i}" for i in range(5)}
@@ -480,7 +542,7 @@ def test_cup_feels_nearly_every_contact_inside_it(make):
     for action in np.random.default_rng(0).uniform(-0.5, 0.5, (400, 2)):
         observation, *_ = env.step(action)
         physics.forward()
-        touch = env.world.sense(["touch"])["touch"][0]
+        touch = env.unwrapped.sense(["touch"])["touch"][0]
         inside = abs(physics.ball_to_target()).max() < 0.05
         if inside and sum(normal_forces(physics, {"ball"}, walls)) > 0.01:
             felt, missed = felt + (touch > 0), missed + (touch == 0)
@@ -494,7 +556,7 @@ def test_fingertip_feels_the_spinner(make):
         env.reset()
         for action in actions:
             observation, *_ = env.step(action)
-            sensors = env.world.environment.physics.named.data.sensordata[["touchtop", "touchbottom"]]
+            sensors = env.unwrapped.environment.physics.named.data.sensordata[["touchtop", "touchbottom"]]
             assert np.expm1(observation["touch"]) == pytest.approx(sensors, rel=1e-4)
             touched += (sensors > 0).any()
     assert touched > 10
@@ -508,7 +570,7 @@ def test_two_environments_share_a_process(make):
     for _ in range(20):
         together.append(one.step(rng.uniform(-1, 1, 2).astype(np.float32)))
         two.step(np.zeros(6))
-        two.world.environment.physics.render(64, 64, camera_id=0, depth=True)
+        two.unwrapped.environment.physics.render(64, 64, camera_id=0, depth=True)
     assert same(alone, together)
 
 
@@ -548,7 +610,7 @@ import envs
 env = envs.make_env("finger_spin")
 env.reset()
 from OpenGL import GL
-with env.world.environment.physics.contexts.gl.make_current() as gl:
+with env.unwrapped.environment.physics.contexts.gl.make_current() as gl:
     print(gl.call(GL.glGetString, GL.GL_RENDERER).decode())
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=Path(envs.__file__).parent,
@@ -565,13 +627,13 @@ def test_a_gpu_is_asked_for_by_its_number(monkeypatch, device):
         monkeypatch.delenv(name)
     if device is not None:
         monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
-    world = envs.make_env("finger_spin").world
+    world = envs.make_env("finger_spin").unwrapped
     world.load()
     world.close()
     assert ("__EGL_VENDOR_LIBRARY_FILENAMES" in os.environ) == (device is None)
 
 
-# ---- 4. The toy world ----
+# ---- 5. The toy world ----
 
 
 def toy_return(env, policy):
@@ -629,15 +691,19 @@ def test_toy_sensors_agree(make):
             [64 * (1.1 - y) / 1.2 - 0.5, 64 * (x + 0.1) / 1.2 - 0.5], abs=0.5)
 
 
-# ---- 5. Environments ----
+# ---- 6. Environments ----
 
 
 @pytest.mark.parametrize("task", [*envs.SUITE, *envs.TOY])  # Table Wiping: test_wiping.py
 def test_gymnasium_finds_no_fault(task):
-    gymnasium.register(f"{task}-v0", entry_point=lambda render_mode="rgb_array": make_env(task))
+    gymnasium.register(f"{task}-v0", entry_point=lambda render_mode="rgb_array": make_env(task).unwrapped,
+                       order_enforce=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        env = gymnasium.make(f"{task}-v0").unwrapped
+        world = gymnasium.make(f"{task}-v0", disable_env_checker=True)
+        check_env(world)
+        warnings.filterwarnings("ignore", ".*is different from the unwrapped version.*")
+        env = envs.MissingSensors(world)
         check_env(env)
         env.close()
     del gymnasium.registry[f"{task}-v0"]
@@ -675,6 +741,14 @@ def test_the_seed_decides_everything(make, task):
     assert not same(first, second) and not same(first, rollout(other, 15))
     one.reset(seed=8), other.reset(seed=8)
     assert same(rollout(one, 15), rollout(other, 15))
+
+
+def test_a_seed_gives_the_episodes_that_it_always_gave(make):
+    env = make("toy", seed=5)
+    for position, missing in (([0.403118, 0.753592], [0, 1, 2, 38]), ([0.633729, 0.292795], [0, 1, 2, 3])):
+        _, info = env.reset()
+        assert info["position"] == pytest.approx(position, abs=1e-6)
+        assert np.flatnonzero(env.missing[:, 0])[:4].tolist() == missing
 
 
 def test_global_generators_are_left_alone(make):
@@ -715,6 +789,11 @@ def test_actions_are_clipped(make, task):
     (dict(remove=("sonar",)), "depth"),
     (dict(remove=("rgb", "depth", "touch")), "touch"),
     (dict(randomize=True), "table_wiping"),
+    (dict(task="toy", backgrounds="/nope"), "control suite"),
+    (dict(task="toy", task_kwargs={"size": 3}), "gymnasium.make"),
+    (dict(task="no_such_package:Reach-v0"), "no_such_package"),
+    (dict(task="CartPole-v1"), "bounded Box"),
+    (dict(task="Pendulum-v1", task_kwargs={"size": 3}), "size"),
 ])
 def test_wrong_arguments_are_explained(wrong, named):
     with pytest.raises(ValueError) as error:
@@ -730,7 +809,7 @@ def test_table_wiping_says_what_it_needs(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-# ---- 6. Vectors of environments ----
+# ---- 7. Vectors of environments ----
 
 
 def vector_rollout(task, num_envs, steps, **kwargs):
@@ -787,6 +866,148 @@ if __name__ == "__main__":
     result = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(Path(envs.__file__).parent)},
                             capture_output=True, text=True, timeout=120)
     assert result.stdout == "(2, 64, 64, 3) None\n(2, 64, 64, 3) spawn\n", result.stderr
+
+
+@pytest.mark.parametrize("start", ["Thread", "ThreadPoolExecutor", "asyncio"])
+def test_workers_outlive_the_thread_that_made_them(start):
+    made = []
+
+    def make():
+        made.append(make_vector_env("toy", 2))
+
+    if start == "Thread":
+        thread = threading.Thread(target=make)
+        thread.start(), thread.join()
+    elif start == "ThreadPoolExecutor":
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(make).result()
+    else:
+        asyncio.run(asyncio.to_thread(make))
+    time.sleep(0.3)
+    made[0].reset(), made[0].step(np.zeros((2, 2), np.float32))
+    made[0].close()
+
+
+SLOW = """
+import multiprocessing, sys, time
+import envs
+def begin(self, rng):
+    self.position = rng.random(2)
+def move(self, action):
+    exec(sys.argv[1])
+    return 0.0
+envs.ToyWorld.begin, envs.ToyWorld.move = begin, move
+envs.Workers.TIMEOUT = float(sys.argv[2])
+if __name__ == "__main__":
+    workers = envs.make_vector_env("toy", 2)
+    workers.reset()
+    print(*[process.pid for process in workers.processes], flush=True)
+    for _ in range(int(sys.argv[3])):
+        workers.step(workers.action_space.sample())
+    print("done")
+    workers.close()
+"""
+
+
+def start_slow(*arguments):
+    """A program in a session of its own whose environments take their time; its process and its workers' ids."""
+    environment = os.environ | {"PYTHONPATH": str(Path(envs.__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *map(str, arguments)], env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("step", ["time.sleep(600)", "while True: pass"])
+def test_workers_die_with_a_killed_parent_in_the_midst_of_a_step(step):
+    process, workers = start_slow(step, 300, 1)
+    time.sleep(0.3)
+    assert len(workers) == 2 and all(map(is_running, workers))
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 5
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_running, workers))
+
+
+def test_time_that_the_main_process_was_stopped_does_not_count():
+    process, workers = start_slow("time.sleep(0.2)", 1, 12)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGSTOP)  # as Ctrl-Z does
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    assert out == "done\n" and process.returncode == 0, err
+    process, _ = start_slow("time.sleep(60)", 1, 1)
+    _, err = process.communicate(timeout=30)
+    assert "WorkerError: an environment's process has not answered for 1.0 s" in err
+
+
+def test_few_file_descriptors_are_reported_in_one_line():
+    """Wherever they run out."""
+    program = """
+import resource
+import envs
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for limit in [*range(5, 60, 3), 200]:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        workers = envs.make_vector_env("toy_xy", 4)
+        workers.reset()
+        print("works")
+    except envs.WorkerError as error:
+        print(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if "workers" in globals():
+            workers.close()
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=Path(envs.__file__).parent,
+                            capture_output=True, text=True, timeout=120)
+    said = result.stdout.splitlines()
+    assert len(said) == 20 and result.returncode == 0 and "AttributeError" not in result.stderr, result.stderr
+    assert "ulimit -n" in said[0] and said[-1] == "works"
+    assert all(line == "works" or "ulimit -n" in line or "Too many open files" in line for line in said)
+
+
+def test_little_shared_memory_is_reported_in_one_line(monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", no_space)
+    with pytest.raises(envs.WorkerError, match="larger /dev/shm"):
+        make_vector_env("toy", 2)
+
+
+def test_a_worker_that_dies_is_reported_whatever_it_was_asked():
+    vector = make_vector_env("toy", 2)
+    vector.processes[0].kill(), vector.processes[0].join()
+    with pytest.raises(envs.WorkerError, match="has died"):
+        vector.get_attr("episode_steps")
+    vector.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_leave_signals_to_the_main_process(number):
+    vector = make_vector_env("toy", 2)
+    vector.reset()
+    os.kill(vector.processes[0].pid, number)
+    time.sleep(0.1)
+    vector.step(np.zeros((2, 2), np.float32))
+    vector.close()
+
+
+def test_seeds_depend_on_every_number():
+    drawn = [envs.seeds(*numbers, count=3) for numbers in ((1,), (1, 0), (0, 1), (1, 1))]
+    assert len({tuple(d) for d in drawn}) == 4 and drawn[0] == envs.seeds(1, count=3)
 
 
 def test_the_file_works_alone(tmp_path):
