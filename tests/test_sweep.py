@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from test_reliability import TOY, assert_equal_runs, run
 
-import sweep
 from config import Config, parse
+from tools import sweep
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--tasks", "toy", "--methods", "mummi", "cvrl", "--seeds", "1", "2", "--episodes", "1", *TOY[: TOY.index("--task")],
@@ -117,7 +117,7 @@ def cluster():
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_worker_niceness"] = "0"  # as sweep.py has it for a cluster of its own
+    os.environ["RAY_worker_niceness"] = "0"  # as tools.sweep has it for a cluster of its own
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=2)
@@ -127,8 +127,9 @@ def cluster():
 
 def start(cluster, *options):
     """The sweep, as a user starts it."""
-    command = [sys.executable, ROOT / "sweep.py", "--address", cluster.address, *OPTIONS, *map(str, options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "tools.sweep", "--address", cluster.address, *OPTIONS, *map(str, options)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def end(process):
@@ -153,7 +154,7 @@ def place(folder):
 def alive(folder):
     """The processes of a run."""
     lines = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if str(folder) in line and "sweep.py" not in line and not line.startswith("Z")]
+    return [line for line in lines if str(folder) in line and "tools.sweep" not in line and not line.startswith("Z")]
 
 
 def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(cluster):
@@ -191,7 +192,7 @@ def test_an_interrupted_sweep_goes_on_and_a_run_that_fails_does_not_stop_the_oth
     wait_for(lambda: all((folder / "checkpoint.pt").exists() for folder in folders), process)
     process.send_signal(signal.SIGINT)
     code, said = end(process)
-    assert (code, said.splitlines()[-1]) == (130, "sweep.py: stopped by SIGINT; go on with the same command"), said
+    assert (code, said.splitlines()[-1]) == (130, "tools.sweep: stopped by SIGINT; go on with the same command"), said
     assert [alive(folder) for folder in folders] == [[], []]
     assert not (folders[0] / "evaluation.json").exists()
 

@@ -1,42 +1,40 @@
-"""Latent spaces of the 2-D toy world, Fig. 1, 19, 20: `python toy.py`, a quarter of an hour on a CPU.
+"""Latent spaces of the 2-D toy world, Fig. 1, 19, 20: a quarter of an hour on a CPU.
 
-A disc moves at random and is seen by two sensors. One model learns from it by the ELBO, Eq. (10),
-another by MuMMI's objective, Eq. (17), and nothing else differs: no actor, no missing data. On motion
-that neither has seen, what both have learnt is drawn and measured, and written to <output>.png and
-.json.
+A disc moves at random and is seen by two sensors. One model learns from it by the ELBO, Eq. (10), another by
+MuMMI's objective, Eq. (17); nothing else differs: no actor, no missing data. Both are then drawn and measured on
+motion that neither has seen: <output>.png and .json, by default in runs/toy_world.
 
-    python toy.py                                  # Fig. 1: position and a ceiling camera
-    python toy.py --world two_cameras              # Fig. 19: a front and a rear camera
-    python toy.py --world x_and_y                  # Fig. 20: x alone and y alone
-    python toy.py --missing-rate 0.375             # with data missing in training
+    python -m tools.toy                                  # Fig. 1: position and a ceiling camera
+    python -m tools.toy --world two_cameras              # Fig. 19: a front and a rear camera
+    python -m tools.toy --world x_and_y                  # Fig. 20: x alone and y alone
+    python -m tools.toy --missing-rate 0.375             # with data missing in training
 
 Shapes: T steps, B sequences or episodes, N = T * B, M = 2 sensors. Time first.
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
-from tqdm import trange
 
-from envs import make_env
+import fast
+import tools
+from checkpoint import say
 from config import Config
+from envs import make_env, seeds
 from evaluate import matching_rank
-from train import fail, keep_freed_memory, make_agent, seeds
+from methods import make_agent
 
-TASKS = {"position_camera": "toy", "two_cameras": "toy_two_cameras", "x_and_y": "toy_xy"}
-METHODS = {"ELBO": "mssm_e", "MuMMI": "mummi"}
-SMALL: dict = dict(  # a model for a CPU; many short sequences, as their steps are the negatives of Eq. (15)
+WORLDS = {"position_camera": "toy", "two_cameras": "toy_two_cameras", "x_and_y": "toy_xy"}  # name here: task
+PAIR = {"ELBO": "mssm_e", "MuMMI": "mummi"}  # the two models: name here: method
+SIZES: dict = dict(  # a model for a CPU; many short sequences, as their steps are the negatives of Eq. (15)
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=32, batch_length=8, free_nats=1.0,
 )  # fmt: skip
-UPDATES = {"position_camera": 2_000, "two_cameras": 2_000, "x_and_y": 6_000}  # MuMMI learns one long before the other
+UPDATES = {"position_camera": 2_000, "two_cameras": 2_000, "x_and_y": 6_000}  # MuMMI learns x or y long before the other
 STEPS = 100  # of an episode
 TRAIN_EPISODES, TEST_EPISODES = 100, 25  # 2,500 steps to measure on
 
@@ -50,7 +48,7 @@ class Options:
     updates: int | None = None  # of each of the two models; by default 2,000, and 6,000 for x_and_y
     model_lr: float = Config.model_lr  # Adam's, falling to zero; at 2e-3 MuMMI often learns only one of x and y
     seed: int = 1
-    output: str = ""  # file name without suffix; by default results/toy_world/<world>
+    output: str = ""  # file name without suffix; by default runs/toy_world/<world>
 
 
 # ---- 1. Gathering data, learning from them -------------------------------------------------------
@@ -82,12 +80,14 @@ def random_motion(task, episodes, missing_rate, seed):
 
 
 def learn(method, options, motion, **changes):
-    """The world model that one method learns from the motion, if asked with a changed configuration."""
-    config = Config(task=TASKS[options.world], method=METHODS[method], seed=options.seed, device="cpu",
-                    model_lr=options.model_lr, **SMALL | changes)  # fmt: skip
+    """Train one model of PAIR on the motion; `changes` override its configuration."""
+    config = Config(task=WORLDS[options.world], method=PAIR[method], seed=options.seed, device="cpu",
+                    model_lr=options.model_lr, **SIZES | changes)  # fmt: skip
     agent = make_agent(config, make_env(config.task).observation_space, action_size=2)  # only its model learns
     rng = np.random.default_rng(options.seed)
-    for update in trange(options.updates, desc=method):
+    for update in range(options.updates):
+        if update % 500 == 0:
+            say(f"{method}: {update} of {options.updates} updates")
         agent.optimisers["model"].param_groups[0]["lr"] = config.model_lr * (1 - update / options.updates)
         episode = rng.integers(motion["truth"].shape[1], size=config.batch_size)
         start = rng.integers(STEPS - config.batch_length + 1, size=config.batch_size)
@@ -104,7 +104,7 @@ def learn(method, options, motion, **changes):
 
 
 class Spaces(NamedTuple):
-    """What a model makes of motion: of each sensor alone, in their order, and of both."""
+    """What a model infers from the first sensor alone, from the second alone, and from both."""
 
     mean: list  # 3 of (N, D_f): each expert's mean, and that of their product
     std: list  # 3 of (N, D_f)
@@ -142,10 +142,10 @@ def nearest(x, truth, k=5):
 
 
 def measure(sensors, fit, test):
-    """{what: number}. Decoders are fitted on one lot of motion and tested on another.
+    """{name: number}. Decoders are fitted on one lot of motion and tested on another.
 
-    Fitted on the latent states that both sensors give, a decoder is what an actor trained with both would read;
-    one of its own, fitted on those of one sensor alone, tells what they hold at all.
+    A decoder fitted on the latent states of both sensors reads what an actor trained with both would read. A
+    decoder "of its own" is fitted on those of the one sensor: it tells whether they hold the position at all.
 
     sensors    the two names
     fit, test  Spaces
@@ -156,8 +156,8 @@ def measure(sensors, fit, test):
     for i, view in enumerate([f"{a} alone", f"{b} alone", "both"]):
         decoded = decode(test.latent[i])
         of_its_own = linear(fit.latent[i], fit.truth)(test.latent[i])
-        what = f"R2 of position from the latent state, {view}"
-        numbers[what], numbers[f"{what}, by a decoder of its own"] = r2(decoded, test.truth), r2(of_its_own, test.truth)
+        name = f"R2 of position from the latent state, {view}"
+        numbers[name], numbers[f"{name}, by a decoder of its own"] = r2(decoded, test.truth), r2(of_its_own, test.truth)
         for j, coordinate in enumerate("xy"):
             numbers[f"R2 of {coordinate}, {view}"] = r2(decoded[:, j], test.truth[:, j])
     for i, j, pair in ((0, 1, f"{a} -> {b}"), (1, 0, f"{b} -> {a}")):
@@ -206,11 +206,11 @@ def scatter_row(axes, spaces, truth, titles):
         axis.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
 
 
-def draw(world, sensors, spaces, numbers):
+def draw(sensors, spaces, numbers):
     """The figure: the ELBO left, MuMMI right; experts above, latent states below.
 
-    spaces   {method: Spaces}
-    numbers  {method: of `measure`}
+    spaces   {"ELBO", "MuMMI": Spaces}
+    numbers  {"ELBO", "MuMMI": of `measure`}
     """
     a, b = sensors
     figure = Figure(figsize=(15, 5.4), layout="constrained")
@@ -238,41 +238,42 @@ def draw(world, sensors, spaces, numbers):
 # ---- 4. The command ------------------------------------------------------------------------------
 
 
+def table(world, numbers):
+    """The numbers of both models, {name here: of `measure`}, in Markdown."""
+    lines = [f"| {world} | " + " | ".join(PAIR) + " |", "|---|---|---|"]
+    for name in numbers["ELBO"]:
+        values = (numbers[method][name] for method in PAIR)
+        lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in values) + " |")
+    return "\n".join(lines)
+
+
 def main(options):
     """Learn, measure, draw and write. Raises ValueError on bad input."""
     options = replace(options, updates=UPDATES[options.world] if options.updates is None else options.updates)
     if options.updates < 1 or options.seed < 0 or not 0 < options.model_lr < 1:
         raise ValueError(f"--updates {options.updates} --seed {options.seed} --model-lr {options.model_lr} "
-                         "is not allowed: give at least 1, at least 0, and between 0 and 1")
-    keep_freed_memory()
-    task, started = TASKS[options.world], time.perf_counter()
+                         "is not allowed: give at least 1, at least 0, and between 0 and 1")  # fmt: skip
+    task, started = WORLDS[options.world], time.perf_counter()
+    make_env(task, missing_rate=options.missing_rate)  # raises ValueError for what is no rate
+    picture, report = tools.output_files(options.output or f"runs/toy_world/{options.world}", ".png", ".json")
     train_seed, fit_seed, test_seed = seeds(options.seed, count=3)
     train = random_motion(task, TRAIN_EPISODES, options.missing_rate, train_seed)
     fit, test = (random_motion(task, TEST_EPISODES, 0.0, seed) for seed in (fit_seed, test_seed))
 
     spaces, numbers = {}, {}
-    for method in METHODS:
+    for method in PAIR:
         model = learn(method, options, train)
         sensors = list(model.modalities)
         spaces[method] = perceive(model, test)
         numbers[method] = measure(sensors, perceive(model, fit), spaces[method])
 
-    print(f"| {options.world} | " + " | ".join(METHODS) + " |\n|---|---|---|")
-    for what in numbers["ELBO"]:
-        values = (numbers[method][what] for method in METHODS)
-        print(f"| {what} | " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in values) + " |")
-    output = Path(options.output or f"results/toy_world/{options.world}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     seconds = round(time.perf_counter() - started)
-    output.with_name(output.name + ".json").write_text(
-        json.dumps({"options": asdict(options), "seconds": seconds, **numbers}, indent=1) + "\n"
-    )
-    draw(options.world, sensors, spaces, numbers).savefig(output.with_name(output.name + ".png"), dpi=110)
-    print(f"{output}.png, {output}.json: {seconds} s", file=sys.stderr)
+    report.write_text(json.dumps({"options": asdict(options), "seconds": seconds, **numbers}, indent=1) + "\n")
+    draw(sensors, spaces, numbers).savefig(picture, dpi=110)
+    say(table(options.world, numbers))
+    say(f"{picture}, {report}: {seconds} s")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
-        fail("toy.py", error)
+    fast.restart_with_quiet_threads()
+    tools.run("toy", main, Options, __doc__)

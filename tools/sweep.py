@@ -1,20 +1,19 @@
-"""Many runs on a cluster: `python sweep.py` plans all of Table I, 60 runs; with `--yes` it makes them.
+"""Many runs on a cluster: `python -m tools.sweep` plans all of Table I, 60 runs; with `--yes` it makes them.
 
-Every run is a `python train.py` of its own, in a Ray task that holds its share of a GPU and of the
-CPUs. One that dies goes on from its last checkpoint, on any node. When all are done, each is evaluated on
-the cluster, and their table and curves are written to `<runs>-table.md` (Table I, II) and `<runs>-curves.png`
-and `.svg` (Fig. 5). Ctrl-C ends every run with a checkpoint; the same command goes on, and skips what is
-finished. What a run prints is in its `sweep.log`.
+Every run is a `python train.py` of its own, in a Ray task that holds its share of a GPU and of the CPUs. A run that
+dies goes on from its last checkpoint, on any node. When all are done, each is evaluated on the cluster; their table
+and curves are written to `<runs>-table.md` (Table I, II) and `<runs>-curves.png` and `.svg` (Fig. 5). Ctrl-C ends
+every run with a checkpoint; the same command goes on, and skips what is finished. What a run prints is in its
+`sweep.log`.
 
-    python sweep.py --yes                                       # Table I on this machine
-    python sweep.py --tasks finger_spin --methods mummi cvrl --seeds 0 1 2 --gpus-per-run 0.5
-    python sweep.py --tasks table_wiping --methods mummi mummi_b mssm_e        # Table II
-    python sweep.py --tasks toy --methods mummi --address auto --steps 3000    # on a cluster that runs
+    python -m tools.sweep --yes                                       # Table I on this machine
+    python -m tools.sweep --tasks finger_spin --methods mummi cvrl --seeds 0 1 2 --gpus-per-run 0.5
+    python -m tools.sweep --tasks table_wiping --methods mummi mummi_b mssm_e        # Table II
+    python -m tools.sweep --tasks toy --methods mummi --address auto --steps 3000    # on a cluster that runs
 
 Any other option is one of `train.py`, for every run. Clusters: docs/cluster.md.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -28,19 +27,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import train  # isort: skip (before torch, whose threads it quiets)
-
 import torch
 import tyro
 
 import evaluate
-import plot
-from config import MAY_CHANGE, Config, check, load_config, parse
-from runs import Fault, Stopped, StopSignals, create_folder, write_config
+from checkpoint import Fault, Stopped, StopSignals, create_folder, fail, say, write_config
+from config import MAY_CHANGE, Config, check, check_comparable, load_config, parse
+from methods import MODEL
+from tools import output_files, plot
 
-ROOT = Path(__file__).resolve().parent
-TASKS = ("walker_run", "walker_walk", "walker_stand", "finger_spin", "cup_catch")  # Table I
-METHODS = ("mummi", "mummi_b", "cvrl", "dreamer")  # Table I
+ROOT = Path(__file__).resolve().parent.parent
+TABLE_I_TASKS = ("walker_run", "walker_walk", "walker_stand", "finger_spin", "cup_catch")
+TABLE_I_METHODS = ("mummi", "mummi_b", "cvrl", "dreamer")
 OWN = "--task --method --seed --name --resume".split()  # options of train.py that a sweep sets
 GRACE = 120  # seconds that a run has for its last checkpoint when it is stopped
 
@@ -65,7 +63,7 @@ class Options:
 
 
 def plan(options, rest):
-    """{folder: configuration} of every run. Raises ValueError where train.py would, or where a folder's run differs.
+    """{folder: Config} of every run. Raises ValueError where train.py would, or where a folder holds another run.
 
     rest  options of train.py
     """
@@ -77,11 +75,11 @@ def plan(options, rest):
     if not 0 <= (options.gpus_per_run or 0) <= 1:
         raise ValueError(f"--gpus-per-run {options.gpus_per_run} is not allowed: give 0 to 1, a run uses one GPU")
     configs, runs = {}, Path(options.runs).resolve()
-    for task in options.tasks or TASKS:
+    for task in options.tasks or TABLE_I_TASKS:
         base = parse(["--task", task, "--name", "sweep.tmp", *rest])  # a name that no run has
         if base.backgrounds != "procedural":
             base.backgrounds = str(Path(base.backgrounds).resolve())
-        for method, seed in itertools.product(options.methods or METHODS, options.seeds or (1, 2, 3)):
+        for method, seed in itertools.product(options.methods or TABLE_I_METHODS, options.seeds or (1, 2, 3)):
             config = replace(base, method=method, seed=seed)
             check(config)
             folder = runs / f"{task}-{method}-{seed}"
@@ -92,7 +90,7 @@ def plan(options, rest):
 
 
 def check_same(folder, config):
-    """Raises ValueError where a folder is not of the run that is asked for."""
+    """Raises ValueError where the folder holds another run than the one asked for."""
     was = load_config(folder)
     for name in (field.name for field in fields(config)):
         if name not in (*MAY_CHANGE, "name") and getattr(was, name) != getattr(config, name):
@@ -101,7 +99,7 @@ def check_same(folder, config):
 
 
 def finished(folder, config):
-    """Whether a run's last evaluation is behind it. Of the checkpoint little is read: tensors stay on disk."""
+    """Whether the run has done its last evaluation. Little of the checkpoint is read: tensors stay on disk."""
     try:
         state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
         return state.get("evaluated", state["steps"]) >= config.steps
@@ -110,23 +108,24 @@ def finished(folder, config):
 
 
 def hours(report, config):
-    """Hours of one run, from a report of benchmark.py at the paper's sizes; None if it holds no such time."""
+    """Hours of one run, from a report of tools.benchmark at the paper's sizes; None if it holds no such time."""
     if "training" in report:
         return config.steps / report["training"]["steps_a_second"] / 3600
     auto = "bfloat16" if report["machine"]["gpu"] else "float32"
     size = f"50x50 {auto if config.precision == 'auto' else config.precision} "
     updates = [times["median"] for name, times in report.get("update", {}).items() if name.startswith(size)]
-    return train.updates_due(config, config.steps) * min(updates) / 3.6e6 if updates else None
+    due = config.first_updates + (config.steps - config.prefill) * config.updates_per_1000 / 1000
+    return due * min(updates) / 3.6e6 if updates else None
 
 
 def describe(configs, left):
-    """The plan in words: how many runs, and how long they take where that was measured.
+    """The plan in words: how many runs, and how long they take if that was measured.
 
     left  folders of the runs that are not finished
     """
     folder = next(iter(configs)).parent
     lines = [f"{len(configs)} runs in {folder}, of which {len(configs) - len(left)} are finished."]
-    size, paper = [*train.MODEL, "batch_size", "batch_length", "horizon"], Config()
+    size, paper = [*MODEL, "batch_size", "batch_length", "horizon"], Config()
     large = [configs[f] for f in left if all(getattr(configs[f], name) == getattr(paper, name) for name in size)]
     if len(large) < len(left):
         lines.append(f"{len(left) - len(large)} to be made are not of the sizes of Table I: no estimate for them.")
@@ -135,8 +134,8 @@ def describe(configs, left):
     reports = {name: report for name, report in reports.items() if hours(report, paper) is not None}
     gpus = {name: report for name, report in reports.items() if report["machine"]["gpu"]}
     if large and not gpus:
-        lines.append("No GPU has been measured: `python benchmark.py training > results/benchmark/NAME.json` measures "
-                     "yours, and the plan then says its hours.")  # fmt: skip
+        lines.append("No GPU has been measured: `python -m tools.benchmark training --output results/benchmark/NAME.json` "
+                     "measures yours, and the plan then says its hours.")  # fmt: skip
     for name, report in (gpus or reports).items():
         total, device = sum(hours(report, config) for config in large), report["machine"]["gpu"] or "a CPU"
         lines.append(f"{len(large)} to be made: {total / len(large):,.1f} hours each, {total:,.0f} in all, one at a "
@@ -146,30 +145,18 @@ def describe(configs, left):
 
 # ---- 2. On a node --------------------------------------------------------------------------------
 
-# A program that the kernel kills as soon as its parent, a worker of Ray's, is gone, for whatever reason.
-LAUNCH = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
-
-
 def execute(command, folder, threads, attempt):
-    """A task of Ray's: runs one program, which ends with it at the latest. Returns its exit code and last line."""
+    """As a task of Ray's, run one program, which ends with the task at the latest. Returns its exit code, last line."""
     import ray
 
     environment = {name: x for name, x in os.environ.items() if (name, x) != ("CUDA_VISIBLE_DEVICES", "")}
     environment |= {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "60"}
-    wait_until_free(folder)
     with open(folder / "sweep.log", "a+b") as log:
         node = ray.get_runtime_context().get_node_id()
         log.write(f"\n--- attempt {attempt} on {os.uname().nodename}, node {node}, worker {os.getpid()}\n".encode())
         log.flush()
-        line = [sys.executable, "-c", LAUNCH, str(os.getpid()), *command]
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+        line = [sys.executable, "-m", "tools.launch", str(os.getpid()), folder, *command]
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=ROOT,
                                    start_new_session=True)  # fmt: skip
         try:
             while process.poll() is None:
@@ -188,20 +175,8 @@ def execute(command, folder, threads, attempt):
         return process.returncode, next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def wait_until_free(folder, seconds=180):
-    """The process of a lost node may hold a run, and the file system its lock, a while longer."""
-    with open(folder / "metrics.jsonl", "ab") as file:
-        for _ in range(seconds):
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(1)
-            except OSError:
-                return None  # a file system without locks
-
-
 def probe(folder, root):
-    """A task of Ray's: leaves a file in the folder of the runs. Returns the host, the file and a hash of the code."""
+    """As a task of Ray's, leave a file in the folder of the runs. Returns the host, the file and a hash of the code."""
     import ray
 
     mark, host = folder / f"probe-{ray.get_runtime_context().get_node_id()}", os.uname().nodename
@@ -216,7 +191,7 @@ def probe(folder, root):
 
 @contextmanager
 def cluster(options):
-    """Ray, connected to the cluster of the options, or to one that lasts as long as this. Raises ValueError."""
+    """Ray, connected to the cluster of the options, or to one of its own that ends with it. Raises ValueError."""
     try:
         import ray
         import rich  # noqa: F401  of the table
@@ -282,14 +257,14 @@ def share(nodes, options):
 
 @dataclass(eq=False)
 class Job:
-    """One program to run in a folder, and what the table shows of it."""
+    """One program to run in a folder, and its row of the table."""
 
     folder: Path
     command: list
     total: int = 0  # environment steps; 0 for an evaluation
     state: str = "waiting"  # for a place or for a retry, running, finished, failed
     attempt: int = 0
-    due: float = 0.0  # when to submit it, time.monotonic()
+    due: float = 0.0  # not to be submitted before this, time.monotonic()
     log_size: int = 0  # of sweep.log when it was submitted
     reached: float | None = None  # the last return
     first: tuple = ()  # (time, steps) when this attempt was first seen to learn,
@@ -297,7 +272,7 @@ class Job:
 
 
 def look(job):
-    """See from its files whether a submitted job runs, and how far it is."""
+    """See from a submitted job's files whether it runs, and how far it is."""
     log, metrics = job.folder / "sweep.log", job.folder / "metrics.jsonl"
     if job.attempt and job.state == "waiting" and log.exists() and log.stat().st_size > job.log_size:
         job.state, job.first, job.last = "running", (), ()
@@ -317,8 +292,22 @@ def look(job):
         job.last = now
 
 
+class Terminal:
+    """stderr for rich: a lost terminal, a closed pipe or an ASCII one costs the text and nothing else."""
+
+    encoding, isatty = getattr(sys.stderr, "encoding", "ascii"), getattr(sys.stderr, "isatty", bool)
+
+    def write(self, text):
+        with suppress(OSError, ValueError, AttributeError):  # AttributeError: stderr is closed, None
+            sys.stderr.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+
 def table(jobs, title):
-    """What rich shows: every job's state, steps, return, steps a second, and hours left."""
+    """A table of rich's: every job's state, steps, return, steps a second, and hours left."""
     from rich.table import Table
 
     counts = Counter(job.state for job in jobs)
@@ -337,12 +326,12 @@ def table(jobs, title):
 
 
 def work(ray, jobs, gpus, cpus, retries, title):
-    """Do all jobs, each with so many retries. Returns those that failed. Raises Stopped after SIGTERM or Ctrl-C."""
+    """Do all jobs, each with so many retries. Returns those that failed. Raises Stopped after a signal to stop."""
     from rich.console import Console
     from rich.live import Live
 
     task = ray.remote(execute).options(num_gpus=gpus, num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
-    console, tasks = Console(stderr=True, highlight=False, markup=False), {}
+    console, tasks = Console(file=Terminal(), highlight=False, markup=False), {}
     with ExitStack() as last, Live(console=console, auto_refresh=False) as live, StopSignals() as stop:
         last.callback(console.print)  # the end of the table's last line
         try:
@@ -365,7 +354,7 @@ def work(ray, jobs, gpus, cpus, retries, title):
             for ref in tasks:
                 ray.cancel(ref)
             ray.wait([*tasks], num_returns=len(tasks), timeout=GRACE + 30)
-            error.args = (str(error).replace("--resume", "the same command"),)
+            error.args = (f"stopped by {signal.Signals(error.number).name}; go on with the same command",)
             raise
     return [job for job in jobs if job.state == "failed"]
 
@@ -378,7 +367,7 @@ def submit(job, task, cpus, tasks):
 
 
 def settle(ray, job, ref, retries):
-    """What became of a job's task: finished, failed for good, or waiting for a retry. Returns a line that says so."""
+    """Note how a job's task ended: finished, failed for good, or waiting for a retry. Returns a line that says so."""
     try:
         code, said = ray.get(ref)
         reason = f"exit code {code}, {said}"
@@ -414,26 +403,28 @@ def evaluation(folder, config, options, device, references):
 
 
 def write_results(configs, folder):
-    """Table I (or II) and Fig. 5 of the runs, by evaluate.py and plot.py."""
-    evaluate.check_comparable(configs)
+    """Table I (or II) and Fig. 5 of the runs, by evaluate.py and tools.plot, beside their folder."""
     reports = [json.loads((run / "evaluation.json").read_text()) for run in configs]
     records = [record for report in reports for record in report["records"]]
     references = {task: returns for report in reports for task, returns in report["references"].items()}
     text = evaluate.markdown(evaluate.pool(records), references)
-    print(text, end="")
-    Path(f"{folder}-table.md").write_text(text)  # beside the folder: everything in it is a run
+    Path(f"{folder}-table.md").write_text(text)
+    say(text)
     plot.main(plot.Options(runs=tuple(map(str, configs)), panels=True, output=f"{folder}-curves"))
+    say(f"{folder}-table.md: {len(configs)} runs")
 
 
 def main(options, rest):
     """Make all runs of the plan, evaluate them and write the table. Raises Fault where some failed."""
     configs = plan(options, rest)
+    check_comparable(configs)
     left = [folder for folder, config in configs.items() if not finished(folder, config)]
-    print(describe(configs, left))
+    say(describe(configs, left))
     if not (options.yes or options.tasks or options.methods or options.seeds):
-        return print("This is the whole of Table I: add --yes to make it, or choose --tasks, --methods or --seeds.")
+        return say("This is the whole of Table I: add --yes to make it, or choose --tasks, --methods or --seeds.")
     runs = Path(options.runs).resolve()
-    runs.mkdir(parents=True, exist_ok=True)
+    output_files(f"{runs}-table", ".md")
+    runs.mkdir(exist_ok=True)
     with cluster(options) as ray:
         check_nodes(ray, runs)
         gpus, cpus = share([node["Resources"] for node in ray.nodes() if node["Alive"]], options)
@@ -460,6 +451,6 @@ def main(options, rest):
 
 if __name__ == "__main__":
     try:
-        main(*tyro.cli(Options, description=__doc__, return_unknown_args=True))
+        main(*tyro.cli(Options, prog="python -m tools.sweep", description=__doc__, return_unknown_args=True))
     except (Exception, KeyboardInterrupt) as error:
-        train.fail("sweep.py", error)
+        fail("tools.sweep", error)

@@ -1,0 +1,404 @@
+"""How long the parts take on this machine: medians with their least and greatest value, in milliseconds, as JSON.
+
+    python -m tools.benchmark update replay
+    python -m tools.benchmark peers --dreamer-pytorch ../dreamer-pytorch --r2dreamer ../r2dreamer
+
+    section        what is timed, at the paper's sizes unless it says otherwise                      on two CPU cores
+    update         one update of 16 x 16 and of 50 x 50 steps, fast and plain (--no-fast)                       5 min
+    action         one decision for 1, 8 and 16 environments                                                     20 s
+    stages         where the time of an update goes                                                             1 min
+    growth         an update against sequences, sensors, horizon and sizes (small, paper)                      10 min
+    environments   a decision and a reset of every task; decisions a second of worker processes                 2 min
+    replay         reading a batch from disk                                                                     10 s
+    training       train.py for one minute of learning: steps and updates a second, memory of all processes     3 min
+    evaluation     what train.py does every 40,000 steps: episodes, film, pictures, checkpoint                  5 min
+    kernels        the share of an update that a GPU is busy (GPU only)                                          none
+    peers          an update of other code bases, see tools/peers.py, in alternation with ours                 40 min
+
+On a CPU a float32 product of 2048 x 2048 x 2048 stands beside the times: machines differ, the ratio less so.
+"""
+
+import itertools
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.spaces import Box, Dict, MultiBinary
+
+import fast
+import tools
+from checkpoint import say
+from config import Config
+from envs import TASKS, make_env, make_vector_env
+from evaluate import to_device
+from methods import make_agent
+from replay import Replay, replay_fields
+
+ROOT = Path(__file__).parent.parent
+ACTION_SIZE = 2
+CUDA = torch.cuda.is_available()
+SENSORS = {"rgb": Box(0, 255, (64, 64, 3), np.uint8), "depth": Box(0, 10, (64, 64, 1), np.float32),
+           "touch": Box(0, 20, (2,), np.float32)}  # fmt: skip
+Section = Literal["update", "action", "stages", "growth", "environments", "replay", "training", "evaluation", "kernels",
+                  "peers"]  # fmt: skip
+
+
+@dataclass
+class Options:
+    """What to time. Without sections, this help is all."""
+
+    sections: tyro.conf.Positional[tuple[Section, ...]] = ()
+    dreamer_pytorch: str = ""  # for peers: a checkout of github.com/juliusfrost/dreamer-pytorch
+    r2dreamer: str = ""  # for peers: a checkout of github.com/NM512/r2dreamer
+    output: str = "runs/benchmark.json"  # written anew after each section
+
+
+# ---- 1. Machine, clock, agents -------------------------------------------------------------------
+
+
+def wait():
+    """Wait until the GPU has finished its work."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def milliseconds(function, repeats, warm_up=1):
+    """Median, min and max time of one call, in milliseconds."""
+    times = []
+    for _ in range(warm_up + repeats):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return spread(times[warm_up:])
+
+
+def spread(times):
+    """Median, min and max of a list of numbers."""
+    return {"median": round(float(np.median(times)), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
+
+
+@cache
+def machine():
+    """The day, names and versions, and the matrix product that times are compared with."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    models = [line.partition(": ")[2] for line in cpuinfo.splitlines() if line.startswith("model name")]
+    a, b = torch.rand(2, 2048, 2048)
+    return {
+        "date": time.strftime("%Y-%m-%d"), "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if CUDA else None, "float32_product": fast.faster_exact_product(),
+        "matmul_2048": milliseconds(lambda: a @ b, repeats=20, warm_up=3),
+    }  # fmt: skip
+
+
+def space(modalities=3):
+    """Observations like the control suite's: colour, depth, touch, and again."""
+    kinds = zip(range(modalities), itertools.cycle(SENSORS.items()))
+    sensors = {f"{name}{i // 3 or ''}": box for i, (name, box) in kinds}
+    return Dict([*sensors.items(), ("present", MultiBinary(modalities))])
+
+
+def make(modalities=3, **options):
+    """An agent, the paper's but for the options, and a batch for it, 37.5 % missing."""
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    config = Config(**options)
+    steps = config.batch_length, config.batch_size
+    agent = make_agent(config, space(modalities), ACTION_SIZE)
+    observation = {}
+    for name, box in space(modalities).items():
+        if name != "present":
+            x = torch.rand(*steps, *box.shape)
+            observation[name] = (255 * x).byte() if box.dtype == np.uint8 else (10 * x).half() if x.ndim == 5 else x
+    batch = {"observation": observation, "present": torch.rand(*steps, modalities) > 0.375,
+             "action": torch.rand(*steps, ACTION_SIZE) * 2 - 1, "reward": torch.rand(*steps)}  # fmt: skip
+    return agent, to_device(batch, agent.device)
+
+
+# ---- 2. The agent --------------------------------------------------------------------------------
+
+
+def update():
+    """One whole update: model, actor and critic with their optimisers. The plain ones come first, before fast.py
+    has changed the process."""
+    results = {"seconds_to_the_fifth_update": {}}
+    for way, size, precision in itertools.product(("plain", "fast"), (16, 50), ("float32", "bfloat16")):
+        name, start = f"{size}x{size} {precision} {way}", time.perf_counter()
+        if way == "plain" and precision == "bfloat16":  # autocast is fast.py's
+            continue
+        agent, batch = make(batch_size=size, batch_length=size, precision=precision, fast=way == "fast")
+        for _ in range(5):
+            agent.update(batch)
+        wait()
+        results["seconds_to_the_fifth_update"][name] = round(time.perf_counter() - start, 1)
+        results[name] = times = milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5)
+        if CUDA:
+            times["peak_device_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
+        else:
+            times["matmuls"] = round(times["median"] / machine()["matmul_2048"]["median"], 1)
+        times["peak_host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+        del agent, batch  # their memory is not the next one's
+    return results
+
+
+def action():
+    """One decision of a vector of environments: filter, plan with MPC, act."""
+    results = {}
+    for num_envs in (1, 8, 16):
+        agent, batch = make(batch_length=1, batch_size=num_envs)
+        observation = {name: x[0] for name, x in batch["observation"].items()}
+        memory, first = agent.initial_memory(num_envs), torch.zeros(num_envs, dtype=torch.bool, device=agent.device)
+        act = partial(agent.act, memory, observation, batch["present"][0], first, explore=True)
+        results[num_envs] = milliseconds(act, repeats=50, warm_up=5)
+    return results
+
+
+def stages():
+    """Where the time of one update goes; on a GPU of a plain one, as a CUDA graph has no stages."""
+    agent, batch = make(fast=not CUDA)
+    agent.update(batch)
+    model, times, repeats = agent.model, defaultdict(float), 20 if CUDA else 3
+
+    def timed(function, stage):
+        def call(*arguments, **options):
+            wait()
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            wait()
+            times[stage] += 1e3 * (time.perf_counter() - start) / repeats
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name, stage in [
+            (model, "encode", "encoders"), (model, "fuse", "experts and fusion"), (model, "observe", "recurrence"),
+            (agent, "objective", "loss"), (agent, "imagine", "imagination"), (agent, "returns", "returns"),
+            (torch.Tensor, "backward", "backward"), (agent, "update", "update"),
+            *((optimiser, "step", "optimisers") for optimiser in agent.optimisers.values()),
+        ]:  # fmt: skip
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), stage)))
+        for _ in range(repeats):
+            agent.update(batch)
+    times["recurrence"] -= times["encoders"] + times["experts and fusion"]  # which are within `observe`
+    total = times.pop("update")
+    times["the rest"] = total - sum(times.values())
+    return {"update": round(total, 3)} | {stage: round(x, 3) for stage, x in times.items()}
+
+
+def growth():
+    """Update time against one size after the other; sequences of 50 steps, on a CPU 16."""
+    length = 50 if CUDA else 16
+    base = {"batch_length": length, "batch_size": length, "modalities": 3, "horizon": 15}
+    results, call = dict(base), partial(milliseconds, repeats=20 if CUDA else 3, warm_up=4)
+    for name, values in {"batch_size": (16, 50, 100, 200), "modalities": range(1, 7), "horizon": (5, 15, 30)}.items():
+        for value in values:
+            agent, batch = make(**base | {name: value})
+            results[f"{name} {value}"] = call(partial(agent.update, batch))
+    for name, sizes in {"small": SMALL, "paper": {}}.items():  # with the batches that they train with
+        agent, batch = make(**sizes)
+        results[f"sizes {name}"] = call(partial(agent.update, batch))
+    return results
+
+
+def kernels():
+    """Time that a GPU spends in kernels during one update, and its share of the update: the rest it waits."""
+    if not CUDA:
+        return None
+    agent, batch = make()
+    call, calls = partial(agent.update, batch), 5
+    whole = milliseconds(call, repeats=50, warm_up=5)["median"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        wait()
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / calls
+    return {"milliseconds": round(busy, 3), "share_of_the_update": round(busy / whole, 3)}
+
+
+# ---- 3. Environments, replay ---------------------------------------------------------------------
+
+
+def random_decision(env):
+    """One step of an environment, or of a vector of them, with a random action."""
+    env.step(env.action_space.sample())
+
+
+def environments():
+    """One decision of a random policy, also of one simulator step, and one reset, every sensor present; decisions
+    a second of worker processes, 37.5 % missing."""
+    results: dict = {}
+    for task in TASKS:
+        try:
+            env = make_env(task, missing_rate=0.0)
+        except ValueError as error:  # Table Wiping without robosuite
+            results[task] = str(error)
+            continue
+        results[task] = {"reset": milliseconds(env.reset, repeats=10)}
+        for name, repeat in (("decision", env.action_repeat), ("decision_without_repeat", 1)):
+            env.unwrapped.action_repeat = repeat
+            env.reset()
+            env.action_space.seed(0)
+            results[task][name] = milliseconds(partial(random_decision, env), min(400, env.episode_steps - 1))
+        env.close()
+    for workers in (1, 2, 4, 8, 16):
+        envs = make_vector_env("finger_spin", workers)
+        envs.reset(seed=0)
+        times = milliseconds(partial(random_decision, envs), repeats=200, warm_up=20)
+        envs.close()
+        results[f"finger_spin decisions a second, {workers} workers"] = round(1e3 * workers / times["median"])
+    return results
+
+
+def replay():
+    """Reading a batch of 50 x 50 from a small and from a full replay, sparse files, in and not in the page cache."""
+    results: dict = {}
+    rng, config = np.random.default_rng(0), Config()
+    for capacity in (10_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as folder:
+            memory = Replay(folder, replay_fields(space(), ACTION_SIZE), capacity)
+            memory.episodes = [(start, 500, 0) for start in range(0, capacity, 500)]
+            buffers, times = memory.buffers(config.batch_size, config.batch_length), defaultdict(list)
+            for _ in range(50):
+                for column in memory.columns.values():
+                    os.posix_fadvise(column.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                first = memory.choose(config.batch_size, config.batch_length, rng)
+                for state in ("not_in_the_page_cache", "in_the_page_cache"):
+                    start = time.perf_counter()
+                    memory.read(first, buffers)
+                    times[state].append(1e3 * (time.perf_counter() - start))
+            results[capacity] = {state: spread(values) for state, values in times.items()}
+    return results
+
+
+# ---- 4. Other programs ---------------------------------------------------------------------------
+
+
+class Train:
+    """train.py on finger_spin in a folder of its own, and what can be seen of it from outside."""
+
+    def __init__(self, folder, *options):
+        command = [sys.executable, ROOT / "train.py", "--task", "finger_spin", "--name", "x", "--log-every", "1", *options]
+        self.folder, self.peak = Path(folder) / "runs" / "x", 0.0
+        self.process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=sys.stderr, start_new_session=True)
+
+    def lines(self):
+        """metrics.jsonl so far."""
+        path = self.folder / "metrics.jsonl"
+        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def wait_for(self, condition):
+        """The moment, and the first result of `condition` that is true. Raises ValueError if the run ends before."""
+        while not (result := condition()):
+            if self.process.poll() is not None:
+                raise ValueError("train.py has ended; it says why above")
+            self.peak = max(self.peak, self.memory())
+            time.sleep(0.1)
+        return time.perf_counter(), result
+
+    def memory(self):
+        """GB of all its processes; pages that several share are counted once."""
+        total = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getsid(int(process.name)) == self.process.pid:
+                    total += int((process / "smaps_rollup").read_text().partition("Pss:")[2].split()[0])
+            except (OSError, IndexError):  # it has ended
+                pass
+        return total / 1e6
+
+
+def training(seconds=60):
+    """Environment steps and updates a second of train.py, and the memory of all its processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Train(folder, "--first-updates", 6, "--capacity", 100_000)
+        learnt = lambda: [line for line in run.lines() if "model_loss" in line]  # noqa: E731
+        begin, lines = run.wait_for(lambda: len(learnt()) > 8 and learnt())  # past the first updates and compilation
+        end, after = run.wait_for(lambda: time.perf_counter() > begin + seconds and len(learnt()) > len(lines) and learnt())
+        run.process.send_signal(signal.SIGTERM)
+        run.process.wait()
+    return {
+        "steps_a_second": round((after[-1]["steps"] - lines[-1]["steps"]) / (end - begin), 2),
+        "updates_a_second": round((len(after) - len(lines)) / (end - begin), 3), "seconds": round(end - begin, 1),
+        "peak_host_gb": round(run.peak, 2),
+    }  # fmt: skip
+
+
+def evaluation():
+    """Seconds from the last update to the evaluation's return, and from there to the end of the checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Train(folder, "--first-updates", 3, "--updates-per-1000", 0, "--steps", 8_000, "--eval-every", 8_000)
+        begin, _ = run.wait_for(lambda: sum("model_loss" in line for line in run.lines()) == 3)
+        played, _ = run.wait_for(lambda: any("eval_return" in line for line in run.lines()))
+        end, _ = run.wait_for((run.folder / "checkpoint.pt").exists)
+        run.process.wait()
+    return {"episodes": round(played - begin, 1), "film, pictures, checkpoint": round(end - played, 1), "unit": "seconds"}
+
+
+def peers(dreamer_pytorch, r2dreamer):
+    """An update of each code base, T x B steps, one and two threads, in turns: five each, after one to warm up."""
+    who = {"mummi float32": ROOT, "mummi bfloat16": ROOT, "dreamer-pytorch": dreamer_pytorch, "r2dreamer": r2dreamer}
+    who = {name: path for name, path in who.items() if path}
+    commit = lambda path: subprocess.getoutput(f"git -C '{path}' log -1 --format=%H")  # noqa: E731
+    results: dict = {"commits": {name: commit(path) for name, path in who.items()}}
+    for threads, size in itertools.product((2, 1), (16, 50)):
+        processes, times = {}, defaultdict(list)
+        for name, path in who.items():
+            command = [sys.executable, ROOT / "tools" / "peers.py", *name.split(), path, size, threads]
+            processes[name] = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                               text=True)  # fmt: skip
+        for name in 6 * list(who):
+            print(file=processes[name].stdin, flush=True)
+            answer = processes[name].stdout.readline().split()
+            if not answer:
+                raise ValueError(f"{name} ended without an update: it says why above; tools/peers.py says what it needs")
+            times[name].append([float(x) for x in answer])
+        for name, process in processes.items():
+            process.communicate()
+            took, peak = zip(*times[name])
+            results[f"{size}x{size} {threads} threads {name}"] = spread(took[1:]) | {"peak_host_gb": peak[-1]}
+    return results
+
+
+def main(options):
+    """Time the sections, and write all results after each. Raises ValueError on bad input."""
+    if not options.sections:
+        return say(__doc__)
+    for name in ("dreamer_pytorch", "r2dreamer"):
+        path = getattr(options, name)
+        if bool(path) > ("peers" in options.sections) or (path and not Path(path).is_dir()):
+            raise ValueError(f"--{name.replace('_', '-')} {path}: give a folder with a checkout, and the section peers")
+    (output,) = tools.output_files(options.output, ".json")
+    report = {"machine": machine(), "unit": "milliseconds"}
+    for name in [name for name in Section.__args__ if name in options.sections]:  # update first, profiles last
+        say(f"{name} ...")
+        given = (options.dreamer_pytorch, options.r2dreamer) if name == "peers" else ()
+        report[name] = globals()[name](*given)
+        output.write_text(json.dumps(report, indent=2) + "\n")
+    say(json.dumps(report, indent=2))
+    return say(f"{output}: {', '.join(options.sections)}")
+
+
+if __name__ == "__main__":
+    fast.restart_with_quiet_threads()
+    tools.run("benchmark", main, Options, __doc__)
