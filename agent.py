@@ -300,18 +300,19 @@ class Agent:
         explore      True in training: sampled actions plus noise; False: the mode, no noise
         returns      action (B, A) in [-1, 1], Memory
         """
-        with torch.no_grad():
-            memory = self.forget(memory, first)
-            observation = {name: x.unsqueeze(0) for name, x in observation.items()}
-            filtered = self.model.observe(
-                observation, present.unsqueeze(0), memory.action.unsqueeze(0), memory.state
-            )
-        state = self.model.state(filtered)
+        state = self.model.state(self.filter(memory, observation, present, first))
         action = self.plan(state, self.actor.sample if explore or self.sample_in_evaluation else self.actor.mode)
         if explore:
             action = action + self.exploration * torch.randn_like(action)
         action = action.clamp(-1, 1)
         return action, Memory(state, action)
+
+    def filter(self, memory, observation, present, first):
+        """What the model infers from one observation of every environment: T = 1. Arguments as of `act`."""
+        with torch.no_grad():
+            memory = self.forget(memory, first)
+            observation = {name: x.unsqueeze(0) for name, x in observation.items()}
+            return self.model.observe(observation, present.unsqueeze(0), memory.action.unsqueeze(0), memory.state)
 
     def forget(self, memory, first):
         """Memory with everything zero where an episode begins. first (B,) bool"""

@@ -3,16 +3,20 @@
 A method is a fusion, the heads that its objective trains besides the reward, and an objective; nothing else differs.
 
     agent = make_agent(config, envs.single_observation_space, action_size=2)
+    player = load_agent("runs/toy-mummi-1")             # or a file of weights
+    action = player.act({"position": [0.2, 0.7]})       # the camera is missing at this step
 """
 
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import fast
 from agent import Agent
 from mssm import MSSM, initialise
-from mummi_loss import Weights, cvrl, elbo, mummi, mummi_b
+from mummi_loss import Weights, cvrl, elbo, log_density_ratio, mummi, mummi_b
 
 METHODS = {  # method: fusion, heads, objective
     "mummi": ("product", "g", mummi),
@@ -73,3 +77,72 @@ def choose_device(name):
     if name not in (*known, "cuda") or (name == "cuda" and len(known) == 1):
         raise ValueError(f"--device {name} is not here: give auto or one of {', '.join(known)}")
     return torch.device(name)
+
+
+# ---- A trained agent, one observation at a time ---------------------------------------------------
+
+
+class Player:
+    """A trained agent that keeps its own memory.
+
+    sensors  {name: shape} that it knows: uint8 colour (64, 64, 3), depth (64, 64, 1) in metres, float vectors (D,).
+             A sensor is missing at a step where its key is absent or any of its values is NaN.
+    """
+
+    def __init__(self, agent):
+        self.agent, self.sensors = agent, dict(agent.model.modalities)
+        self.reset()
+
+    def reset(self):
+        """Forget everything: an episode begins."""
+        self.memory = self.agent.initial_memory(1)
+
+    def filter(self, observation):
+        """Take in one observation, {name: array}, and the action before it.
+
+        returns  the latent state z (D_z,), and {name: log f} of Eq. (16), how well each sensor that is present agrees
+                 with it: 0 is best (MuMMI and MuMMI-b only)
+        Raises ValueError for a sensor that it does not know, or of another shape or type.
+        """
+        unknown = set(observation) - set(self.sensors)
+        if unknown:
+            raise ValueError(f"sensor {min(unknown)!r} is unknown: give some of {', '.join(self.sensors)}")
+        arrays = {name: np.asarray(x) for name, x in observation.items()}
+        arrays = {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in arrays.items()}
+        arrays = {name: x for name, x in arrays.items() if x.dtype == np.uint8 or not np.isnan(x).any()}
+        zeros = {
+            name: np.zeros(shape, np.uint8 if len(shape) == 3 and shape[-1] > 1 else np.float32)
+            for name, shape in self.sensors.items()
+        }
+        filled = {name: arrays.get(name, zeros[name]) for name in self.sensors}
+        tensors = {name: torch.as_tensor(x, device=self.agent.device).unsqueeze(0) for name, x in filled.items()}
+        present = torch.tensor([[name in arrays for name in self.sensors]], device=self.agent.device)
+        first, model = torch.zeros(1, dtype=torch.bool, device=self.agent.device), self.agent.model
+        filtered = self.agent.filter(self.memory, tensors, present, first)
+        self.memory = self.memory._replace(state=model.state(filtered))
+        latent, agreement = model.latent(*self.memory.state), {}
+        if hasattr(model, "g"):
+            with torch.no_grad():
+                log_f = log_density_ratio(model.g(latent), filtered.fused.expert_mean[0, 0])[0]  # (M,)
+            agreement = {name: float(x) for name, x in zip(self.sensors, log_f) if name in arrays}
+        return latent[0].cpu().numpy(), agreement
+
+    def act(self, observation):
+        """The action (A,) in [-1, 1] after one more observation; see `filter`."""
+        self.filter(observation)
+        action = self.agent.plan(self.memory.state, self.agent.actor.mode).clamp(-1, 1)
+        self.memory = self.memory._replace(action=action)
+        return action[0].float().cpu().numpy()
+
+
+def load_agent(path, device="cpu"):
+    """The trained agent of a run's folder, or of a file of weights. Raises ValueError where there is none."""
+    from checkpoint import load_checkpoint
+    from config import make_config
+
+    state = load_checkpoint(path)
+    config = make_config(state["config"] | {"device": device}, path)
+    space = {name: SimpleNamespace(shape=tuple(shape)) for name, shape in state["modalities"].items()}
+    agent = make_agent(config, space, state["action_size"])
+    agent.load_state_dict(state["agent"])
+    return Player(agent)

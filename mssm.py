@@ -375,12 +375,12 @@ class MSSM(nn.Module):
 
         state = state or self.initial_state(action.shape[1], action.device)
         steps = []
-        for t in range(len(action)):
-            h = self.transition(state, action[t])
-            inferred = posterior_or_prior(self.posterior(from_s_f[t], h), self.prior(h), fused.observed[t], noise[t])
+        for action_t, from_s_f_t, observed_t, noise_t in zip(action, from_s_f, fused.observed, noise):
+            h = self.transition(state, action_t)
+            inferred = posterior_or_prior(self.posterior(from_s_f_t, h), self.prior(h), observed_t, noise_t)
             state = State(h, inferred[0])
             steps.append((h, *inferred))
-        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore[call-arg]
+        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore[arg-type]
 
 
 # ---- 6. What can be modelled ---------------------------------------------------------------------
