@@ -8,10 +8,12 @@ import tyro
 from checkpoint import fail
 
 
-def run(name, main, options, description):
-    """Read the command line into `options` and call `main` with it; an expected failure is one line."""
+def run(name, main, description, options=None):
+    """Call `main` with the options of the command line, a dataclass or its own; an expected failure is one line."""
     try:
-        main(tyro.cli(options, prog=f"python -m tools.{name}", description=description))
+        given = tyro.cli(options or main, prog=f"python -m tools.{name}", description=description)
+        if options:
+            main(given)
     except (Exception, KeyboardInterrupt) as error:
         fail(f"tools.{name}", error)
 

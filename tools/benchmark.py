@@ -3,17 +3,17 @@
     python -m tools.benchmark update replay
     python -m tools.benchmark peers --dreamer-pytorch ../dreamer-pytorch --r2dreamer ../r2dreamer
 
-    section        what is timed, at the paper's sizes unless it says otherwise                      on two CPU cores
-    update         one update of 16 x 16 and of 50 x 50 steps, fast and plain (--no-fast)                       5 min
-    action         one decision for 1, 8 and 16 environments                                                     20 s
-    stages         where the time of an update goes                                                             1 min
-    growth         an update against sequences, sensors, horizon and sizes (small, paper)                      10 min
-    environments   a decision and a reset of every task; decisions a second of worker processes                 2 min
-    replay         reading a batch from disk                                                                     10 s
-    training       train.py for one minute of learning: steps and updates a second, memory of all processes     3 min
-    evaluation     what train.py does every 40,000 steps: episodes, film, pictures, checkpoint                  5 min
-    kernels        the share of an update that a GPU is busy (GPU only)                                          none
-    peers          an update of other code bases, see tools/peers.py, in alternation with ours                 40 min
+    section        what is timed, at the paper's sizes unless it says otherwise             on two CPU cores
+    update         one update of 16 x 16 and of 50 x 50 steps, fast and plain (--no-fast)              5 min
+    action         one decision for 1, 8 and 16 environments                                            20 s
+    stages         where the time of an update goes                                                    1 min
+    growth         an update against sequences, sensors, horizon and sizes (small, paper)             10 min
+    environments   a decision and a reset of every task; decisions a second of worker processes        2 min
+    replay         reading a batch from disk                                                            10 s
+    training       a minute of train.py: steps and updates a second, memory of all its processes       3 min
+    evaluation     what train.py does every 40,000 steps: episodes, film, pictures, checkpoint         5 min
+    kernels        the share of an update that a GPU is busy
+    peers          an update of other code bases, see tools/peers.py, in alternation with ours        40 min
 
 On a CPU a float32 product of 2048 x 2048 x 2048 stands beside the times: machines differ, the ratio less so.
 """
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -39,29 +39,26 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.spaces import Box, MultiBinary
 
 import fast
 import tools
 from checkpoint import say
 from config import Config
-from envs import TASKS, make_env, make_vector_env
+from envs import DEPTH, IMAGE, TASKS, make_env, make_vector_env
 from evaluate import to_device
 from methods import make_agent
 from replay import Replay, replay_fields
 
 ROOT = Path(__file__).parent.parent
-ACTION_SIZE = 2
 CUDA = torch.cuda.is_available()
-SENSORS = {"rgb": Box(0, 255, (64, 64, 3), np.uint8), "depth": Box(0, 10, (64, 64, 1), np.float32),
-           "touch": Box(0, 20, (2,), np.float32)}  # fmt: skip
 Section = Literal["update", "action", "stages", "growth", "environments", "replay", "training", "evaluation", "kernels",
                   "peers"]  # fmt: skip
 
 
 @dataclass
 class Options:
-    """What to time. Without sections, this help is all."""
+    """What to time."""
 
     sections: tyro.conf.Positional[tuple[Section, ...]] = ()
     dreamer_pytorch: str = ""  # for peers: a checkout of github.com/juliusfrost/dreamer-pytorch
@@ -109,11 +106,11 @@ def machine():
     }  # fmt: skip
 
 
-def space(modalities=3):
-    """Observations like the control suite's: colour, depth, touch, and again."""
-    kinds = zip(range(modalities), itertools.cycle(SENSORS.items()))
-    sensors = {f"{name}{i // 3 or ''}": box for i, (name, box) in kinds}
-    return Dict([*sensors.items(), ("present", MultiBinary(modalities))])
+def sensors(count=3):
+    """Spaces like the control suite's: colour, depth, touch, and again."""
+    kinds = itertools.cycle({"rgb": IMAGE, "depth": DEPTH, "touch": Box(0, 20, (2,), np.float32)}.items())
+    spaces = {f"{name}{i // 3 or ''}": box for i, (name, box) in zip(range(count), kinds)}
+    return spaces | {"present": MultiBinary(count)}
 
 
 def make(modalities=3, **options):
@@ -121,16 +118,13 @@ def make(modalities=3, **options):
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    config = Config(**options)
-    steps = config.batch_length, config.batch_size
-    agent = make_agent(config, space(modalities), ACTION_SIZE)
-    observation = {}
-    for name, box in space(modalities).items():
-        if name != "present":
-            x = torch.rand(*steps, *box.shape)
-            observation[name] = (255 * x).byte() if box.dtype == np.uint8 else (10 * x).half() if x.ndim == 5 else x
+    config, observation = Config(**options), {}
+    agent, steps = make_agent(config, sensors(modalities), action_size=2), (config.batch_length, config.batch_size)
+    for name, box in list(sensors(modalities).items())[:-1]:
+        x = 10 * torch.rand(*steps, *box.shape)
+        observation[name] = (25 * x).byte() if box == IMAGE else x.half() if box == DEPTH else x
     batch = {"observation": observation, "present": torch.rand(*steps, modalities) > 0.375,
-             "action": torch.rand(*steps, ACTION_SIZE) * 2 - 1, "reward": torch.rand(*steps)}  # fmt: skip
+             "action": torch.rand(*steps, 2) * 2 - 1, "reward": torch.rand(*steps)}  # fmt: skip
     return agent, to_device(batch, agent.device)
 
 
@@ -138,24 +132,23 @@ def make(modalities=3, **options):
 
 
 def update():
-    """One whole update: model, actor and critic with their optimisers. The plain ones come first, before fast.py
-    has changed the process."""
+    """One whole update: model, actor and critic with their optimisers.
+
+    The plain one comes first, before fast.py has changed the process; its bfloat16 is fast.py's, too.
+    """
     results = {"seconds_to_the_fifth_update": {}}
-    for way, size, precision in itertools.product(("plain", "fast"), (16, 50), ("float32", "bfloat16")):
+    ways = [("float32", "plain"), ("float32", "fast"), ("bfloat16", "fast")]
+    for (precision, way), size in itertools.product(ways, (16, 50)):
         name, start = f"{size}x{size} {precision} {way}", time.perf_counter()
-        if way == "plain" and precision == "bfloat16":  # autocast is fast.py's
-            continue
         agent, batch = make(batch_size=size, batch_length=size, precision=precision, fast=way == "fast")
         for _ in range(5):
             agent.update(batch)
         wait()
         results["seconds_to_the_fifth_update"][name] = round(time.perf_counter() - start, 1)
         results[name] = times = milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5)
-        if CUDA:
-            times["peak_device_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
-        else:
-            times["matmuls"] = round(times["median"] / machine()["matmul_2048"]["median"], 1)
+        times["matmuls"] = round(times["median"] / machine()["matmul_2048"]["median"], 1)
         times["peak_host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+        times["peak_device_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2) if CUDA else 0
         del agent, batch  # their memory is not the next one's
     return results
 
@@ -178,31 +171,28 @@ def stages():
     agent.update(batch)
     model, times, repeats = agent.model, defaultdict(float), 20 if CUDA else 3
 
-    def timed(function, stage):
-        def call(*arguments, **options):
-            wait()
-            start = time.perf_counter()
-            result = function(*arguments, **options)
-            wait()
-            times[stage] += 1e3 * (time.perf_counter() - start) / repeats
-            return result
-
-        return call
+    def timed(function, stage, *arguments, **options):
+        wait()
+        start = time.perf_counter()
+        result = function(*arguments, **options)
+        wait()
+        times[stage] += 1e3 * (time.perf_counter() - start) / repeats
+        return result
 
     with ExitStack() as stack:
         for owner, name, stage in [
             (model, "encode", "encoders"), (model, "fuse", "experts and fusion"), (model, "observe", "recurrence"),
             (agent, "objective", "loss"), (agent, "imagine", "imagination"), (agent, "returns", "returns"),
-            (torch.Tensor, "backward", "backward"), (agent, "update", "update"),
+            (torch.autograd, "backward", "backward"), (agent, "update", "update"),
             *((optimiser, "step", "optimisers") for optimiser in agent.optimisers.values()),
         ]:  # fmt: skip
-            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), stage)))
+            stack.enter_context(patch.object(owner, name, partial(timed, getattr(owner, name), stage)))
         for _ in range(repeats):
             agent.update(batch)
     times["recurrence"] -= times["encoders"] + times["experts and fusion"]  # which are within `observe`
     total = times.pop("update")
     times["the rest"] = total - sum(times.values())
-    return {"update": round(total, 3)} | {stage: round(x, 3) for stage, x in times.items()}
+    return {stage: round(x, 3) for stage, x in {"update": total, **times}.items()}
 
 
 def growth():
@@ -275,7 +265,7 @@ def replay():
     rng, config = np.random.default_rng(0), Config()
     for capacity in (10_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
-            memory = Replay(folder, replay_fields(space(), ACTION_SIZE), capacity)
+            memory = Replay(folder, replay_fields(sensors(), 2), capacity)
             memory.episodes = [(start, 500, 0) for start in range(0, capacity, 500)]
             buffers, times = memory.buffers(config.batch_size, config.batch_length), defaultdict(list)
             for _ in range(50):
@@ -293,85 +283,78 @@ def replay():
 # ---- 4. Other programs ---------------------------------------------------------------------------
 
 
-class Train:
-    """train.py on finger_spin in a folder of its own, and what can be seen of it from outside."""
+def watch(seconds, *options):
+    """Run train.py on finger_spin until it ends, or for so many seconds of learning.
 
-    def __init__(self, folder, *options):
-        command = [sys.executable, ROOT / "train.py", "--task", "finger_spin", "--name", "x", "--log-every", "1", *options]
-        self.folder, self.peak = Path(folder) / "runs" / "x", 0.0
-        self.process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=sys.stderr, start_new_session=True)
-
-    def lines(self):
-        """metrics.jsonl so far."""
-        path = self.folder / "metrics.jsonl"
-        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-        return [json.loads(line) for line in whole.splitlines()]
-
-    def wait_for(self, condition):
-        """The moment, and the first result of `condition` that is true. Raises ValueError if the run ends before."""
-        while not (result := condition()):
-            if self.process.poll() is not None:
-                raise ValueError("train.py has ended; it says why above")
-            self.peak = max(self.peak, self.memory())
-            time.sleep(0.1)
-        return time.perf_counter(), result
-
-    def memory(self):
-        """GB of all its processes; pages that several share are counted once."""
-        total = 0
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.getsid(int(process.name)) == self.process.pid:
-                    total += int((process / "smaps_rollup").read_text().partition("Pss:")[2].split()[0])
-            except (OSError, IndexError):  # it has ended
-                pass
-        return total / 1e6
-
-
-def training(seconds=60):
-    """Environment steps and updates a second of train.py, and the memory of all its processes."""
+    returns  [(moment, line)] of metrics.jsonl, the moment of the end, and the greatest memory of all processes in GB
+    Raises ValueError where it fails.
+    """
+    seen, peak = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
-        run = Train(folder, "--first-updates", 6, "--capacity", 100_000)
-        learnt = lambda: [line for line in run.lines() if "model_loss" in line]  # noqa: E731
-        begin, lines = run.wait_for(lambda: len(learnt()) > 8 and learnt())  # past the first updates and compilation
-        end, after = run.wait_for(lambda: time.perf_counter() > begin + seconds and len(learnt()) > len(lines) and learnt())
-        run.process.send_signal(signal.SIGTERM)
-        run.process.wait()
+        command = [sys.executable, ROOT / "train.py", "--task", "finger_spin", "--name", "x", "--log-every", 1, *options]
+        process = subprocess.Popen([*map(str, command)], cwd=folder, stdout=sys.stderr, start_new_session=True)
+        metrics = Path(folder) / "runs" / "x" / "metrics.jsonl"
+        while process.poll() is None:
+            time.sleep(0.1)
+            whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""
+            seen += [(time.perf_counter(), json.loads(line)) for line in whole.splitlines()[len(seen) :]]
+            peak = max(peak, session_memory(process.pid))
+            if learnt(seen) and time.perf_counter() > learnt(seen)[0][0] + seconds:
+                process.send_signal(signal.SIGTERM)
+                seconds = float("inf")
+        end = time.perf_counter()
+    if process.returncode not in (0, 128 + signal.SIGTERM):
+        raise ValueError(f"train.py ended with code {process.returncode}; it says why above")
+    return seen, end, peak
+
+
+def learnt(seen):
+    """What `watch` has seen of updates, without the first eight: there things are compiled."""
+    return [(moment, line) for moment, line in seen if "model_loss" in line][8:]
+
+
+def session_memory(leader):
+    """GB of all processes of a session; pages that several share are counted once."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):  # it has ended
+            if os.getsid(int(process.name)) == leader:
+                total += int((process / "smaps_rollup").read_text().partition("Pss:")[2].split()[0])
+    return round(total / 1e6, 2)
+
+
+def training():
+    """Environment steps and updates a second of train.py, and the memory of all its processes."""
+    seen, _, peak = watch(60, "--first-updates", 6, "--capacity", 100_000)
+    (begin, first), (end, last) = learnt(seen)[0], learnt(seen)[-1]
     return {
-        "steps_a_second": round((after[-1]["steps"] - lines[-1]["steps"]) / (end - begin), 2),
-        "updates_a_second": round((len(after) - len(lines)) / (end - begin), 3), "seconds": round(end - begin, 1),
-        "peak_host_gb": round(run.peak, 2),
+        "steps_a_second": round((last["steps"] - first["steps"]) / (end - begin), 2), "seconds": round(end - begin, 1),
+        "updates_a_second": round((last["updates"] - first["updates"]) / (end - begin), 3), "peak_host_gb": peak,
     }  # fmt: skip
 
 
 def evaluation():
-    """Seconds from the last update to the evaluation's return, and from there to the end of the checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Train(folder, "--first-updates", 3, "--updates-per-1000", 0, "--steps", 8_000, "--eval-every", 8_000)
-        begin, _ = run.wait_for(lambda: sum("model_loss" in line for line in run.lines()) == 3)
-        played, _ = run.wait_for(lambda: any("eval_return" in line for line in run.lines()))
-        end, _ = run.wait_for((run.folder / "checkpoint.pt").exists)
-        run.process.wait()
-    return {"episodes": round(played - begin, 1), "film, pictures, checkpoint": round(end - played, 1), "unit": "seconds"}
+    """Seconds from the last update to the evaluation's return, and on to the end: film, pictures, checkpoint."""
+    seen, end, _ = watch(float("inf"), "--first-updates", 9, "--updates-per-1000", 0, "--steps", 8_000)
+    (evaluated,) = [moment for moment, line in seen if "eval_return" in line]
+    return {"episodes": round(evaluated - learnt(seen)[-1][0], 1), "film, pictures, checkpoint": round(end - evaluated, 1)}
 
 
 def peers(dreamer_pytorch, r2dreamer):
     """An update of each code base, T x B steps, one and two threads, in turns: five each, after one to warm up."""
-    who = {"mummi float32": ROOT, "mummi bfloat16": ROOT, "dreamer-pytorch": dreamer_pytorch, "r2dreamer": r2dreamer}
-    who = {name: path for name, path in who.items() if path}
-    commit = lambda path: subprocess.getoutput(f"git -C '{path}' log -1 --format=%H")  # noqa: E731
-    results: dict = {"commits": {name: commit(path) for name, path in who.items()}}
+    paths = {"mummi float32": ROOT, "mummi bfloat16": ROOT, "dreamer-pytorch": dreamer_pytorch, "r2dreamer": r2dreamer}
+    paths = {name: str(path) for name, path in paths.items() if path}
+    results: dict = {name: subprocess.getoutput(f"git -C '{path}' log -1 --format=%H") for name, path in paths.items()}
     for threads, size in itertools.product((2, 1), (16, 50)):
         processes, times = {}, defaultdict(list)
-        for name, path in who.items():
-            command = [sys.executable, ROOT / "tools" / "peers.py", *name.split(), path, size, threads]
-            processes[name] = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                               text=True)  # fmt: skip
-        for name in 6 * list(who):
+        for name, path in paths.items():
+            command = [sys.executable, str(ROOT / "tools" / "peers.py"), *name.split(), path, str(size), str(threads)]
+            processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in 6 * list(paths):
             print(file=processes[name].stdin, flush=True)
             answer = processes[name].stdout.readline().split()
             if not answer:
-                raise ValueError(f"{name} ended without an update: it says why above; tools/peers.py says what it needs")
+                raise ValueError(f"{name} has failed; it says why above, and tools/peers.py what it needs")
             times[name].append([float(x) for x in answer])
         for name, process in processes.items():
             process.communicate()
@@ -384,16 +367,15 @@ def main(options):
     """Time the sections, and write all results after each. Raises ValueError on bad input."""
     if not options.sections:
         return say(__doc__)
-    for name in ("dreamer_pytorch", "r2dreamer"):
-        path = getattr(options, name)
-        if bool(path) > ("peers" in options.sections) or (path and not Path(path).is_dir()):
-            raise ValueError(f"--{name.replace('_', '-')} {path}: give a folder with a checkout, and the section peers")
+    peer_paths = {"--dreamer-pytorch": options.dreamer_pytorch, "--r2dreamer": options.r2dreamer}
+    for name, path in peer_paths.items():
+        if path and not ("peers" in options.sections and Path(path).is_dir()):
+            raise ValueError(f"{name} {path}: give a folder with a checkout, and the section peers")
     (output,) = tools.output_files(options.output, ".json")
     report = {"machine": machine(), "unit": "milliseconds"}
-    for name in [name for name in Section.__args__ if name in options.sections]:  # update first, profiles last
+    for name in (name for name in Section.__args__ if name in options.sections):  # update first, profiles last
         say(f"{name} ...")
-        given = (options.dreamer_pytorch, options.r2dreamer) if name == "peers" else ()
-        report[name] = globals()[name](*given)
+        report[name] = globals()[name](*(peer_paths.values() if name == "peers" else ()))
         output.write_text(json.dumps(report, indent=2) + "\n")
     say(json.dumps(report, indent=2))
     return say(f"{output}: {', '.join(options.sections)}")
@@ -401,4 +383,4 @@ def main(options):
 
 if __name__ == "__main__":
     fast.restart_with_quiet_threads()
-    tools.run("benchmark", main, Options, __doc__)
+    tools.run("benchmark", main, __doc__, Options)

@@ -1,49 +1,46 @@
-"""What the README's deviations change, on the toy world: `python docs/deviations.py`, an hour on two CPU cores.
+"""What the deviations from the paper change, on the toy world: an hour on two CPU cores.
 
-MuMMI learns from random motion seen by a position sensor and a camera, 37.5 % missing, once as it is and once
-with each deviation's other side; three seeds, a process a core. Measured on motion that it has not seen. Writes
-results/deviations/toy_world.md and .json, a row a seed.
+MuMMI learns from random motion seen by a position sensor and a camera, 37.5 % missing: once as it is, and once with
+the other side of each deviation; three seeds, a process a core. It is measured on motion that it has not seen. Writes
+<output>.md and .json, a row a seed.
+
+    python -m tools.deviations                                            # into runs/deviations
+    python -m tools.deviations --output results/deviations/toy_world      # as published
 """
 
 import itertools
 import json
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import toy  # isort: skip (before torch, whose threads it quiets)
 
 import numpy as np
 import torch
 
-WAYS = {  # other sides: the configuration's change
+import tools
+from checkpoint import say
+from envs import seeds
+from tools import toy
+
+WAYS = {  # other side: the change of the configuration
     "default": {},
     "D1: experts weigh 1/std": {"expert_power": 1},
     "D2: mean of s^f, no sample": {"sample_s_f": False},
-    "D3: nothing present: code 0": {"prior_if_unobserved": False},
+    "D3: nothing present: s^f = 0": {"prior_if_unobserved": False},
     "D4: absent logit -100": {"absent_logit": -100.0},
     "D5: mean over all rows": {"over_present": False},
     "D6: KL of s^f": {"fused_kl_scale": 1.0},
-    "D1 + D2 + D3 + D4 + D5: as released": {
-        "expert_power": 1, "sample_s_f": False, "prior_if_unobserved": False, "absent_logit": -100.0,
-        "over_present": False,
-    },
-}  # fmt: skip
+}
+WAYS["D1 + D2 + D3 + D4 + D5: as released"] = {k: x for way in list(WAYS)[1:6] for k, x in WAYS[way].items()}
 SEEDS = (1, 2, 3)
 RATE = 0.375  # of each sensor's data, missing in training
 
 
 @torch.no_grad()
 def effects(model, fit, test, sparse):
-    """{what: number} on held-out motion; `sparse` has 75 % missing."""
-    sensors, spaces = list(model.modalities), toy.perceive(model, test)
-    on_fit = toy.perceive(model, fit)
-    numbers = toy.measure(sensors, on_fit, spaces)
+    """{name: number} on held-out motion; `sparse` has 75 % missing."""
+    on_fit, spaces = toy.perceive(model, fit), toy.perceive(model, test)
+    numbers = toy.measure(list(model.modalities), on_fit, spaces)
     mean_of = lambda start: float(np.mean([x for name, x in numbers.items() if name.startswith(start)]))  # noqa: E731
     filtered = model.observe(sparse, sparse["present"], sparse["action"])
     latent = model.latent(filtered.h, filtered.s_c).flatten(0, 1)
@@ -56,40 +53,33 @@ def effects(model, fit, test, sparse):
     }
 
 
-def run(seed, way):
-    """What one seed learns in one way."""
-    seeds = toy.seeds(seed, count=4)
-    train = toy.random_motion("toy", toy.TRAIN_EPISODES, RATE, seeds[0])
-    fit, test = (toy.random_motion("toy", toy.TEST_EPISODES, 0.0, s) for s in seeds[1:3])
-    sparse = toy.random_motion("toy", toy.TEST_EPISODES, 0.75, seeds[3])
-    model = toy.learn("MuMMI", toy.Options(seed=seed, updates=toy.UPDATES["position_camera"]), train, **WAYS[way])
-    return {"way": way, "seed": seed, **effects(model, fit, test, sparse)}
-
-
-def start_worker():
-    """One thread a process: the processes share the cores."""
+def learn(seed, way):
+    """Train one seed in one way, on one thread, as the processes share the cores; return what it has learnt."""
     torch.set_num_threads(1)
-    toy.keep_freed_memory()
+    motions = zip((toy.TRAIN_EPISODES, *[toy.TEST_EPISODES] * 3), (RATE, 0.0, 0.0, 0.75), seeds(seed, count=4))
+    train, *held_out = (toy.random_motion("toy", *motion) for motion in motions)
+    model = toy.learn("MuMMI", toy.Options(seed=seed, updates=toy.UPDATES["position_camera"]), train, **WAYS[way])
+    return {"way": way, "seed": seed, **effects(model, *held_out)}
 
 
-def main():
-    """Learn the toy world in every way with every seed; print the table and write it with all numbers."""
+def main(output: str = "runs/deviations"):
+    """Learn the toy world in every way with every seed; write the table and all numbers."""
+    markdown, report = tools.output_files(output, ".md", ".json")
     rows = []
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), start_worker) as pool:
-        for learnt in pool.map(run, *zip(*itertools.product(SEEDS, WAYS))):
-            rows.append(learnt)
-            print(learnt, file=sys.stderr)
-    whats = list(rows[0])[2:]
-    lines = ["| | " + " | ".join(whats) + " |", "|---" * (1 + len(whats)) + "|"]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for row in pool.map(learn, *zip(*itertools.product(SEEDS, WAYS))):
+            rows.append(row)
+            report.write_text(json.dumps(rows, indent=1) + "\n")
+            say(f"{row}")
+    names = list(rows[0])[2:]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for way in WAYS:
-        columns = [[row[what] for row in rows if row["way"] == way] for what in whats]
+        columns = [[row[name] for row in rows if row["way"] == way] for name in names]
         lines.append(f"| {way} | " + " | ".join(f"{np.mean(x):.3g} ± {np.std(x):.2g}" for x in columns) + " |")
-    folder = ROOT / "results" / "deviations"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "toy_world.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (folder / "toy_world.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    markdown.write_text("\n".join(lines) + "\n")
+    say("\n".join(lines))
+    say(f"{markdown}, {report}")
 
 
 if __name__ == "__main__":
-    main()
+    tools.run("deviations", main, __doc__)

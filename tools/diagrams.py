@@ -1,18 +1,16 @@
-"""Draws the two diagrams of the walkthrough, after Fig. 2 B and Fig. 3, into docs/.
+"""Draw the two diagrams of the walkthrough, after Fig. 2 B and Fig. 3: two_slices.png and density_ratio.png.
 
-    python docs/diagrams.py
-
-two_slices.png     two time slices of the model: what generates what, and what infers what
-density_ratio.png  what Eq. (16) pulls together, and the matrix whose diagonal Eq. (15) raises
+    python -m tools.diagrams                       # into runs/diagrams
+    python -m tools.diagrams --output docs         # as in the documentation
 """
-
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
-HERE = Path(__file__).parent
+import tools
+from checkpoint import say
+
 BLACK, BLUE, GREY, GREEN, ORANGE = "#222222", "#0072B2", "#d9d9d9", "#009E73", "#D55E00"
 
 # ---- 1. Two time slices, Fig. 2 B ----------------------------------------------------------------
@@ -78,8 +76,8 @@ def two_slices():
 # ---- 2. The density ratio, Fig. 3 ----------------------------------------------------------------
 
 
-def code_space(axis):
-    """One step's experts around the code predicted from its latent; the other steps are negatives."""
+def expert_space(axis):
+    """One step's experts around g(z) of its latent; the other steps are negatives."""
     rng = np.random.default_rng(3)
     centre = np.array([0.0, 0.0])
     others = rng.normal(size=(60, 2)) * 2.1
@@ -96,7 +94,7 @@ def code_space(axis):
     axis.annotate("$g(z_i)$", centre, (-8, -22), textcoords="offset points", ha="center", fontsize=13, color=BLUE)
     axis.text(4.7, -4.2, "grey: $\\mu^m(x_j)$ of other steps, the negatives", ha="right", fontsize=10.5, color="0.25")
     axis.set(xlim=(-4.6, 4.9), ylim=(-4.4, 4.4), xticks=[], yticks=[], aspect="equal")
-    axis.set_title("the code space, $D_f$ dimensions\nEq. (16) pulls every sensor's expert to $g(z_i)$", fontsize=11)
+    axis.set_title("the experts' space, $D_f$ dimensions\nEq. (16) pulls every sensor's expert to $g(z_i)$", fontsize=11)
 
 
 def matrix(axis, size=12):
@@ -122,12 +120,18 @@ def density_ratio():
     """Left what Eq. (16) measures, right what Eq. (15) makes of it."""
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    code_space(left)
+    expert_space(left)
     matrix(right)
     return figure
 
 
-if __name__ == "__main__":
+def main(output: str = "runs/diagrams"):
+    """Draw both diagrams into a folder."""
     for draw in (two_slices, density_ratio):
-        draw().savefig(HERE / f"{draw.__name__}.png", dpi=100)
-        print(HERE / f"{draw.__name__}.png")
+        (picture,) = tools.output_files(f"{output}/{draw.__name__}", ".png")
+        draw().savefig(picture, dpi=100)
+        say(f"{picture}")
+
+
+if __name__ == "__main__":
+    tools.run("diagrams", main, __doc__)

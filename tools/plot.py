@@ -177,4 +177,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    tools.run("plot", main, Options, __doc__)
+    tools.run("plot", main, __doc__, Options)

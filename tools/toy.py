@@ -276,4 +276,4 @@ def main(options):
 
 if __name__ == "__main__":
     fast.restart_with_quiet_threads()
-    tools.run("toy", main, Options, __doc__)
+    tools.run("toy", main, __doc__, Options)
