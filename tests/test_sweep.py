@@ -53,10 +53,10 @@ def test_the_plan_says_the_hours_that_were_measured(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     planned = configs(tasks=("cup_catch",), seeds=(1,))
-    (folder / "cpu.json").write_text(json.dumps({"machine": {"gpu": None}, "update": {
-        "50x50 float32 eager": {"median": 3600.0}, "50x50 bfloat16 eager": {"median": 1.0}}}))  # fmt: skip
+    (folder / "cpu.json").write_text(json.dumps({"machine": {"gpu": None}, "training": {"steps_a_second": 2.0}}))
+    (folder / "other.json").write_text(json.dumps({"machine": {"gpu": "G8"}, "update": {}}))
     said = sweep.describe(planned, [*planned])
-    assert "No GPU has been measured" in said and "199.6 hours each, 798 in all" in said
+    assert "No GPU has been measured" in said and "277.8 hours each, 1,111 in all" in said
     (folder / "gpu.json").write_text(json.dumps({"machine": {"gpu": "G9"}, "training": {"steps_a_second": 200.0}}))
     said = sweep.describe(planned, [*planned][:3])
     assert "1 are finished" in said and "2.8 hours each, 8 in all, one at a time on G9" in said and "CPU" not in said
@@ -125,11 +125,11 @@ def cluster():
     cluster.shutdown()
 
 
-def start(cluster, *options):
-    """The sweep, as a user starts it."""
+def start(cluster, *options, stdout=subprocess.PIPE):
+    """The sweep, as a user starts it, on a terminal that knows ASCII only."""
     command = [sys.executable, "-m", "tools.sweep", "--address", cluster.address, *OPTIONS, *map(str, options)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def end(process):
@@ -210,6 +210,16 @@ def test_an_interrupted_sweep_goes_on_and_a_run_that_fails_does_not_stop_the_oth
     assert code == 0 and "of which 1 are finished" in said, said
     assert (folders[0] / "sweep.log").read_text() == before, "what is finished is left alone"
     assert "2 seeds, 2 episodes" in Path("runs-table.md").read_text()
+
+
+def test_a_sweep_that_nobody_reads_writes_its_table(cluster):
+    """Its output is ASCII, and a pipe that is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(cluster, "--methods", "mummi", "--seeds", 1, "--steps", 400, stdout=writer)
+    os.close(writer)
+    assert process.wait(timeout=1200) == 0
+    assert "1 seed, 1 episodes" in Path("runs-table.md").read_text() and Path("runs-curves.png").exists()
 
 
 def test_a_node_that_does_not_see_the_runs_is_named(cluster):

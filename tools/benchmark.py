@@ -1,6 +1,6 @@
 """How long the parts take on this machine: medians with their least and greatest value, in milliseconds, as JSON.
 
-    python -m tools.benchmark update replay
+    python -m tools.benchmark update action
     python -m tools.benchmark peers --dreamer-pytorch ../dreamer-pytorch --r2dreamer ../r2dreamer
 
     section        what is timed, at the paper's sizes unless it says otherwise             on two CPU cores
@@ -9,13 +9,11 @@
     stages         where the time of an update goes                                                    1 min
     growth         an update against sequences, sensors, horizon and sizes (small, paper)             10 min
     environments   a decision and a reset of every task; decisions a second of worker processes        2 min
-    replay         reading a batch from disk                                                            10 s
     training       a minute of train.py: steps and updates a second, memory of all its processes       3 min
-    evaluation     what train.py does every 40,000 steps: episodes, film, pictures, checkpoint         5 min
     kernels        the share of an update that a GPU is busy
-    peers          an update of other code bases, see tools/peers.py, in alternation with ours        40 min
+    peers          an update of other code bases, see tools/peers.py, in turns with ours              40 min
 
-On a CPU a float32 product of 2048 x 2048 x 2048 stands beside the times: machines differ, the ratio less so.
+On a CPU, compare machines by `matmul_2048`, the time of a float32 product of 2048 x 2048 x 2048.
 """
 
 import itertools
@@ -39,7 +37,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box, MultiBinary
+from gymnasium.spaces import Box
 
 import fast
 import tools
@@ -48,12 +46,11 @@ from config import Config
 from envs import DEPTH, IMAGE, TASKS, make_env, make_vector_env
 from evaluate import to_device
 from methods import make_agent
-from replay import Replay, replay_fields
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()
-Section = Literal["update", "action", "stages", "growth", "environments", "replay", "training", "evaluation", "kernels",
-                  "peers"]  # fmt: skip
+SMALL = dict(d_h=128, d_f=128, hidden=128, units=128, channels=8, batch_size=16, batch_length=25)  # preset small
+Section = Literal["update", "action", "stages", "growth", "environments", "training", "kernels", "peers"]
 
 
 @dataclass
@@ -109,8 +106,7 @@ def machine():
 def sensors(count=3):
     """Spaces like the control suite's: colour, depth, touch, and again."""
     kinds = itertools.cycle({"rgb": IMAGE, "depth": DEPTH, "touch": Box(0, 20, (2,), np.float32)}.items())
-    spaces = {f"{name}{i // 3 or ''}": box for i, (name, box) in zip(range(count), kinds)}
-    return spaces | {"present": MultiBinary(count)}
+    return {f"{name}{i // 3 or ''}": box for i, (name, box) in zip(range(count), kinds)}
 
 
 def make(modalities=3, **options):
@@ -120,7 +116,7 @@ def make(modalities=3, **options):
         torch.cuda.reset_peak_memory_stats()
     config, observation = Config(**options), {}
     agent, steps = make_agent(config, sensors(modalities), action_size=2), (config.batch_length, config.batch_size)
-    for name, box in list(sensors(modalities).items())[:-1]:
+    for name, box in sensors(modalities).items():
         x = 10 * torch.rand(*steps, *box.shape)
         observation[name] = (25 * x).byte() if box == IMAGE else x.half() if box == DEPTH else x
     batch = {"observation": observation, "present": torch.rand(*steps, modalities) > 0.375,
@@ -132,23 +128,19 @@ def make(modalities=3, **options):
 
 
 def update():
-    """One whole update: model, actor and critic with their optimisers.
-
-    The plain one comes first, before fast.py has changed the process; its bfloat16 is fast.py's, too.
-    """
-    results = {"seconds_to_the_fifth_update": {}}
+    """One whole update: model, actor and critic with their optimisers; plain first, as fast.py changes the process."""
+    results: dict = {}
     ways = [("float32", "plain"), ("float32", "fast"), ("bfloat16", "fast")]
     for (precision, way), size in itertools.product(ways, (16, 50)):
-        name, start = f"{size}x{size} {precision} {way}", time.perf_counter()
+        start = time.perf_counter()
         agent, batch = make(batch_size=size, batch_length=size, precision=precision, fast=way == "fast")
-        for _ in range(5):
-            agent.update(batch)
-        wait()
-        results["seconds_to_the_fifth_update"][name] = round(time.perf_counter() - start, 1)
-        results[name] = times = milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5)
-        times["matmuls"] = round(times["median"] / machine()["matmul_2048"]["median"], 1)
-        times["peak_host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
-        times["peak_device_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2) if CUDA else 0
+        milliseconds(partial(agent.update, batch), repeats=4)  # on a GPU, compiles and captures
+        results[f"{size}x{size} {precision} {way}"] = {
+            "seconds_to_the_fifth_update": round(time.perf_counter() - start, 1),
+            **milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5),
+            "peak_host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+            "peak_device_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if CUDA else 0,
+        }
         del agent, batch  # their memory is not the next one's
     return results
 
@@ -190,23 +182,21 @@ def stages():
         for _ in range(repeats):
             agent.update(batch)
     times["recurrence"] -= times["encoders"] + times["experts and fusion"]  # which are within `observe`
-    total = times.pop("update")
-    times["the rest"] = total - sum(times.values())
-    return {stage: round(x, 3) for stage, x in {"update": total, **times}.items()}
+    times["the rest"] = 2 * times["update"] - sum(times.values())
+    return {stage: round(x, 3) for stage, x in times.items()}
 
 
 def growth():
     """Update time against one size after the other; sequences of 50 steps, on a CPU 16."""
     length = 50 if CUDA else 16
     base = {"batch_length": length, "batch_size": length, "modalities": 3, "horizon": 15}
-    results, call = dict(base), partial(milliseconds, repeats=20 if CUDA else 3, warm_up=4)
-    for name, values in {"batch_size": (16, 50, 100, 200), "modalities": range(1, 7), "horizon": (5, 15, 30)}.items():
-        for value in values:
-            agent, batch = make(**base | {name: value})
-            results[f"{name} {value}"] = call(partial(agent.update, batch))
-    for name, sizes in {"small": SMALL, "paper": {}}.items():  # with the batches that they train with
-        agent, batch = make(**sizes)
-        results[f"sizes {name}"] = call(partial(agent.update, batch))
+    grown = {"batch_size": (16, 50, 100, 200), "modalities": range(1, 7), "horizon": (5, 15, 30)}
+    settings = {f"{name} {value}": base | {name: value} for name, values in grown.items() for value in values}
+    results = dict(base)
+    for name, options in {**settings, "sizes small": SMALL, "sizes paper": {}}.items():  # sizes: with their batches
+        agent, batch = make(**options)
+        results[name] = milliseconds(partial(agent.update, batch), repeats=20 if CUDA else 3, warm_up=4)
+        del agent, batch
     return results
 
 
@@ -215,17 +205,14 @@ def kernels():
     if not CUDA:
         return None
     agent, batch = make()
-    call, calls = partial(agent.update, batch), 5
-    whole = milliseconds(call, repeats=50, warm_up=5)["median"]
+    whole = milliseconds(partial(agent.update, batch), repeats=50, warm_up=5)["median"]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
-            call()
-        wait()
-    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / calls
+        milliseconds(partial(agent.update, batch), repeats=4)
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / 5
     return {"milliseconds": round(busy, 3), "share_of_the_update": round(busy / whole, 3)}
 
 
-# ---- 3. Environments, replay ---------------------------------------------------------------------
+# ---- 3. Other processes --------------------------------------------------------------------------
 
 
 def random_decision(env):
@@ -234,8 +221,7 @@ def random_decision(env):
 
 
 def environments():
-    """One decision of a random policy, also of one simulator step, and one reset, every sensor present; decisions
-    a second of worker processes, 37.5 % missing."""
+    """One reset and one decision with every sensor present; decisions a second of worker processes, 37.5 % missing."""
     results: dict = {}
     for task in TASKS:
         try:
@@ -244,11 +230,7 @@ def environments():
             results[task] = str(error)
             continue
         results[task] = {"reset": milliseconds(env.reset, repeats=10)}
-        for name, repeat in (("decision", env.action_repeat), ("decision_without_repeat", 1)):
-            env.unwrapped.action_repeat = repeat
-            env.reset()
-            env.action_space.seed(0)
-            results[task][name] = milliseconds(partial(random_decision, env), min(400, env.episode_steps - 1))
+        results[task]["decision"] = milliseconds(partial(random_decision, env), min(400, env.episode_steps - 1))
         env.close()
     for workers in (1, 2, 4, 8, 16):
         envs = make_vector_env("finger_spin", workers)
@@ -259,58 +241,29 @@ def environments():
     return results
 
 
-def replay():
-    """Reading a batch of 50 x 50 from a small and from a full replay, sparse files, in and not in the page cache."""
-    results: dict = {}
-    rng, config = np.random.default_rng(0), Config()
-    for capacity in (10_000, 1_000_000):
-        with tempfile.TemporaryDirectory() as folder:
-            memory = Replay(folder, replay_fields(sensors(), 2), capacity)
-            memory.episodes = [(start, 500, 0) for start in range(0, capacity, 500)]
-            buffers, times = memory.buffers(config.batch_size, config.batch_length), defaultdict(list)
-            for _ in range(50):
-                for column in memory.columns.values():
-                    os.posix_fadvise(column.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                first = memory.choose(config.batch_size, config.batch_length, rng)
-                for state in ("not_in_the_page_cache", "in_the_page_cache"):
-                    start = time.perf_counter()
-                    memory.read(first, buffers)
-                    times[state].append(1e3 * (time.perf_counter() - start))
-            results[capacity] = {state: spread(values) for state, values in times.items()}
-    return results
+def training(seconds=60):
+    """Environment steps and updates a second of train.py on finger_spin, and the memory of all its processes.
 
-
-# ---- 4. Other programs ---------------------------------------------------------------------------
-
-
-def watch(seconds, *options):
-    """Run train.py on finger_spin until it ends, or for so many seconds of learning.
-
-    returns  [(moment, line)] of metrics.jsonl, the moment of the end, and the greatest memory of all processes in GB
-    Raises ValueError where it fails.
+    Raises ValueError where train.py fails.
     """
-    seen, peak = [], 0.0
+    options = "--task finger_spin --name x --log-every 1 --first-updates 6 --capacity 100000"
+    seen, peak = [], 0.0  # seen: (moment, line) of every update, past the first, in which things are compiled
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train.py", "--task", "finger_spin", "--name", "x", "--log-every", 1, *options]
-        process = subprocess.Popen([*map(str, command)], cwd=folder, stdout=sys.stderr, start_new_session=True)
+        command = [sys.executable, str(ROOT / "train.py"), *options.split()]
+        process = subprocess.Popen(command, cwd=folder, stdout=sys.stderr, start_new_session=True)
         metrics = Path(folder) / "runs" / "x" / "metrics.jsonl"
-        while process.poll() is None:
+        while process.poll() is None and (not seen or time.perf_counter() < seen[0][0] + seconds):
             time.sleep(0.1)
-            whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""
-            seen += [(time.perf_counter(), json.loads(line)) for line in whole.splitlines()[len(seen) :]]
+            lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []  # the last may be half a line
+            lines = [line for line in map(json.loads, lines) if "model_loss" in line][8:]
+            seen += [(time.perf_counter(), line) for line in lines[len(seen) :]]
             peak = max(peak, session_memory(process.pid))
-            if learnt(seen) and time.perf_counter() > learnt(seen)[0][0] + seconds:
-                process.send_signal(signal.SIGTERM)
-                seconds = float("inf")
-        end = time.perf_counter()
-    if process.returncode not in (0, 128 + signal.SIGTERM):
-        raise ValueError(f"train.py ended with code {process.returncode}; it says why above")
-    return seen, end, peak
-
-
-def learnt(seen):
-    """What `watch` has seen of updates, without the first eight: there things are compiled."""
-    return [(moment, line) for moment, line in seen if "model_loss" in line][8:]
+        process.terminate()
+        if process.wait() != 128 + signal.SIGTERM:
+            raise ValueError(f"train.py ended with code {process.returncode}; it says why above")
+    (begin, first), (end, last) = seen[0], seen[-1]
+    rate = lambda name: round((last[name] - first[name]) / (end - begin), 3)  # noqa: E731
+    return {"steps_a_second": rate("steps"), "updates_a_second": rate("updates"), "peak_host_gb": peak}
 
 
 def session_memory(leader):
@@ -323,42 +276,28 @@ def session_memory(leader):
     return round(total / 1e6, 2)
 
 
-def training():
-    """Environment steps and updates a second of train.py, and the memory of all its processes."""
-    seen, _, peak = watch(60, "--first-updates", 6, "--capacity", 100_000)
-    (begin, first), (end, last) = learnt(seen)[0], learnt(seen)[-1]
-    return {
-        "steps_a_second": round((last["steps"] - first["steps"]) / (end - begin), 2), "seconds": round(end - begin, 1),
-        "updates_a_second": round((last["updates"] - first["updates"]) / (end - begin), 3), "peak_host_gb": peak,
-    }  # fmt: skip
-
-
-def evaluation():
-    """Seconds from the last update to the evaluation's return, and on to the end: film, pictures, checkpoint."""
-    seen, end, _ = watch(float("inf"), "--first-updates", 9, "--updates-per-1000", 0, "--steps", 8_000)
-    (evaluated,) = [moment for moment, line in seen if "eval_return" in line]
-    return {"episodes": round(evaluated - learnt(seen)[-1][0], 1), "film, pictures, checkpoint": round(end - evaluated, 1)}
-
-
-def peers(dreamer_pytorch, r2dreamer):
-    """An update of each code base, T x B steps, one and two threads, in turns: five each, after one to warm up."""
+def peers(dreamer_pytorch, r2dreamer, settings=((2, 16), (2, 50), (1, 16), (1, 50))):
+    """An update of each code base in turns: five each, after one to warm up. settings: threads, T = B"""
     paths = {"mummi float32": ROOT, "mummi bfloat16": ROOT, "dreamer-pytorch": dreamer_pytorch, "r2dreamer": r2dreamer}
     paths = {name: str(path) for name, path in paths.items() if path}
-    results: dict = {name: subprocess.getoutput(f"git -C '{path}' log -1 --format=%H") for name, path in paths.items()}
-    for threads, size in itertools.product((2, 1), (16, 50)):
-        processes, times = {}, defaultdict(list)
-        for name, path in paths.items():
-            command = [sys.executable, str(ROOT / "tools" / "peers.py"), *name.split(), path, str(size), str(threads)]
-            processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in 6 * list(paths):
-            print(file=processes[name].stdin, flush=True)
-            answer = processes[name].stdout.readline().split()
-            if not answer:
-                raise ValueError(f"{name} has failed; it says why above, and tools/peers.py what it needs")
-            times[name].append([float(x) for x in answer])
-        for name, process in processes.items():
-            process.communicate()
-            took, peak = zip(*times[name])
+    commits = {name: subprocess.getoutput(f"git -C '{path}' log -1 --format=%H") for name, path in paths.items()}
+    results: dict = {"commits": {name: x if len(x) == 40 else "not a git checkout" for name, x in commits.items()}}
+    for threads, size in settings:
+        with ExitStack() as stack:
+            processes, times = {}, {name: [] for name in paths}
+            for name, path in paths.items():
+                command = [sys.executable, ROOT / "tools" / "peers.py", *name.split(), path, size, threads]
+                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                processes[name] = stack.enter_context(subprocess.Popen([*map(str, command)], **pipes))
+            for turn, (name, process) in itertools.product(range(6), processes.items()):
+                if turn:  # the first update comes unasked
+                    print(file=process.stdin, flush=True)
+                answer = process.stdout.readline().split()
+                if not answer:
+                    raise ValueError(f"{name} has failed; it says why above, and tools/peers.py what it needs")
+                times[name].append([float(x) for x in answer])
+        for name, answers in times.items():
+            took, peak = zip(*answers)
             results[f"{size}x{size} {threads} threads {name}"] = spread(took[1:]) | {"peak_host_gb": peak[-1]}
     return results
 
@@ -367,15 +306,15 @@ def main(options):
     """Time the sections, and write all results after each. Raises ValueError on bad input."""
     if not options.sections:
         return say(__doc__)
-    peer_paths = {"--dreamer-pytorch": options.dreamer_pytorch, "--r2dreamer": options.r2dreamer}
-    for name, path in peer_paths.items():
+    checkouts = {"--dreamer-pytorch": options.dreamer_pytorch, "--r2dreamer": options.r2dreamer}
+    for name, path in checkouts.items():
         if path and not ("peers" in options.sections and Path(path).is_dir()):
             raise ValueError(f"{name} {path}: give a folder with a checkout, and the section peers")
     (output,) = tools.output_files(options.output, ".json")
     report = {"machine": machine(), "unit": "milliseconds"}
     for name in (name for name in Section.__args__ if name in options.sections):  # update first, profiles last
         say(f"{name} ...")
-        report[name] = globals()[name](*(peer_paths.values() if name == "peers" else ()))
+        report[name] = globals()[name](*(checkouts.values() if name == "peers" else ()))
         output.write_text(json.dumps(report, indent=2) + "\n")
     say(json.dumps(report, indent=2))
     return say(f"{output}: {', '.join(options.sections)}")

@@ -1,12 +1,12 @@
 """An update of one code base in a process of its own; started by `python -m tools.benchmark peers`.
 
-    python tools/peers.py r2dreamer PATH 50 2        # T = B = 50, two threads; an update for each line on stdin
+    python tools/peers.py r2dreamer PATH 50 2        # T = B = 50, two threads: one update, and one for each line read
     python tools/peers.py mummi float32 PATH 50 2
 
-Each answer is one line: the milliseconds of the update, and the peak of this process' memory in GB so far. Other code
-runs unchanged from its checkout, at its own defaults, with one camera of 64 x 64 and two actions; ours with three
-sensors. Two choices are in favour of the others: dreamer-pytorch leaves autograd's anomaly detection on, here it is
-off; r2dreamer on a CPU runs without torch.compile and in float32, as its float16 is made for GPUs and slower there.
+For each update it prints the milliseconds, and the peak of its memory in GB. Other code runs unchanged from its
+checkout, at its own defaults, with one camera of 64 x 64 and two actions; ours with three sensors. Two choices favour
+the others: dreamer-pytorch's anomaly detection of autograd, which it leaves on, is off; r2dreamer on a CPU runs
+without torch.compile and in float32, as its float16 is made for GPUs and slower there.
 
 dreamer-pytorch needs rlpyt (`pip install git+https://github.com/astooke/rlpyt psutil pyprind`); r2dreamer needs
 `pip install tensordict hydra-core`. Both run on the torch of requirements.txt.
@@ -64,10 +64,9 @@ def r2dreamer(size):
     box = lambda *shape: SimpleNamespace(shape=shape)  # noqa: E731
     agent = dreamer.Dreamer(config.model, SimpleNamespace(spaces={"image": box(64, 64, 3)}), box(2)).to(DEVICE)
     image, no = torch.randint(256, (size, size, 64, 64, 3), dtype=torch.uint8), torch.zeros(size, size).bool()
-    batch = TensorDict({
-        "image": image, "action": torch.rand(size, size, 2) * 2 - 1, "reward": torch.rand(size, size, 1), "is_first": no,
-        "is_last": no.unsqueeze(-1), "is_terminal": no.unsqueeze(-1),
-    }, (size, size)).to(DEVICE)  # fmt: skip
+    batch = {"image": image, "action": torch.rand(size, size, 2) * 2 - 1, "reward": torch.rand(size, size, 1),
+             "is_first": no, "is_last": no.unsqueeze(-1), "is_terminal": no.unsqueeze(-1)}  # fmt: skip
+    batch = TensorDict(batch, (size, size)).to(DEVICE)
     start = agent.rssm.initial(size)
     buffer = SimpleNamespace(sample=lambda: (batch.copy(), None, start), update=lambda *_: None)
     return lambda: agent.update(buffer)
@@ -80,10 +79,12 @@ if __name__ == "__main__":
     sys.path[0] = path
     torch.set_num_threads(int(threads))
     update = {"mummi": mummi, "dreamer-pytorch": dreamer_pytorch, "r2dreamer": r2dreamer}[name](int(size), *precision)
-    for _ in sys.stdin:
+    while True:
         start = time.perf_counter()
         update()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"{1e3 * took:.1f} {peak / 1e6:.2f}", file=answers)
+        if not sys.stdin.readline():
+            break

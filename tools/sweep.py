@@ -1,10 +1,9 @@
 """Many runs on a cluster: `python -m tools.sweep` plans all of Table I, 60 runs; with `--yes` it makes them.
 
-Every run is a `python train.py` of its own, in a Ray task that holds its share of a GPU and of the CPUs. A run that
-dies goes on from its last checkpoint, on any node. When all are done, each is evaluated on the cluster; their table
-and curves are written to `<runs>-table.md` (Table I, II) and `<runs>-curves.png` and `.svg` (Fig. 5). Ctrl-C ends
-every run with a checkpoint; the same command goes on, and skips what is finished. What a run prints is in its
-`sweep.log`.
+Each run is a `python train.py` and then a `python evaluate.py`, in a Ray task that holds its share of a GPU and of
+the CPUs; what they print is in the run's `sweep.log`. A run that dies goes on from its last checkpoint, on any node.
+In the end `<runs>-table.md` (Table I, II) and `<runs>-curves.png` and `.svg` (Fig. 5) are written. Ctrl-C ends every
+run with a checkpoint; the same command goes on, and skips what is finished.
 
     python -m tools.sweep --yes                                       # Table I on this machine
     python -m tools.sweep --tasks finger_spin --methods mummi cvrl --seeds 0 1 2 --gpus-per-run 0.5
@@ -23,8 +22,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -91,11 +90,11 @@ def plan(options, rest):
 
 def check_same(folder, config):
     """Raises ValueError where the folder holds another run than the one asked for."""
-    was = load_config(folder)
-    for name in (field.name for field in fields(config)):
-        if name not in (*MAY_CHANGE, "name") and getattr(was, name) != getattr(config, name):
-            raise ValueError(f"{folder} was trained with --{name.replace('_', '-')} {getattr(was, name)}, not "
-                             f"{getattr(config, name)}: give the same options again, or another --runs")  # fmt: skip
+    was = vars(load_config(folder))
+    for name, value in vars(config).items():
+        if name not in (*MAY_CHANGE, "name") and was[name] != value:
+            raise ValueError(f"{folder} was trained with --{name.replace('_', '-')} {was[name]}, not {value}: give the "
+                             "same options again, or another --runs")  # fmt: skip
 
 
 def finished(folder, config):
@@ -107,46 +106,37 @@ def finished(folder, config):
         return False
 
 
-def hours(report, config):
-    """Hours of one run, from a report of tools.benchmark at the paper's sizes; None if it holds no such time."""
-    if "training" in report:
-        return config.steps / report["training"]["steps_a_second"] / 3600
-    auto = "bfloat16" if report["machine"]["gpu"] else "float32"
-    size = f"50x50 {auto if config.precision == 'auto' else config.precision} "
-    updates = [times["median"] for name, times in report.get("update", {}).items() if name.startswith(size)]
-    due = config.first_updates + (config.steps - config.prefill) * config.updates_per_1000 / 1000
-    return due * min(updates) / 3.6e6 if updates else None
-
-
 def describe(configs, left):
     """The plan in words: how many runs, and how long they take if that was measured.
 
     left  folders of the runs that are not finished
     """
-    folder = next(iter(configs)).parent
+    folder, size = next(iter(configs)).parent, [*MODEL, "batch_size", "batch_length", "horizon"]
     lines = [f"{len(configs)} runs in {folder}, of which {len(configs) - len(left)} are finished."]
-    size, paper = [*MODEL, "batch_size", "batch_length", "horizon"], Config()
-    large = [configs[f] for f in left if all(getattr(configs[f], name) == getattr(paper, name) for name in size)]
+    large = [configs[f] for f in left if all(getattr(configs[f], name) == getattr(Config(), name) for name in size)]
     if len(large) < len(left):
         lines.append(f"{len(left) - len(large)} to be made are not of the sizes of Table I: no estimate for them.")
-    paths = sorted((ROOT / "results" / "benchmark").glob("*.json"))
-    reports = {path.name: json.loads(path.read_text()) for path in paths} if large else {}
-    reports = {name: report for name, report in reports.items() if hours(report, paper) is not None}
+    reports = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "results/benchmark").glob("*.json"))}
+    reports = {name: report for name, report in reports.items() if "training" in report and large}
     gpus = {name: report for name, report in reports.items() if report["machine"]["gpu"]}
     if large and not gpus:
-        lines.append("No GPU has been measured: `python -m tools.benchmark training --output results/benchmark/NAME.json` "
+        lines.append("No GPU has been measured: `python -m tools.benchmark training --output results/benchmark/NAME` "
                      "measures yours, and the plan then says its hours.")  # fmt: skip
     for name, report in (gpus or reports).items():
-        total, device = sum(hours(report, config) for config in large), report["machine"]["gpu"] or "a CPU"
-        lines.append(f"{len(large)} to be made: {total / len(large):,.1f} hours each, {total:,.0f} in all, one at a "
-                     f"time on {device} ({name}).")  # fmt: skip
+        hours = sum(config.steps for config in large) / report["training"]["steps_a_second"] / 3600
+        lines.append(f"{len(large)} to be made: {hours / len(large):,.1f} hours each, {hours:,.0f} in all, one at a "
+                     f"time on {report['machine']['gpu'] or 'a CPU'} ({name}).")  # fmt: skip
     return "\n".join(lines)
 
 
 # ---- 2. On a node --------------------------------------------------------------------------------
 
-def execute(command, folder, threads, attempt):
-    """As a task of Ray's, run one program, which ends with the task at the latest. Returns its exit code, last line."""
+
+def execute(commands, folder, threads, attempt):
+    """As a task of Ray's, run programs one after the other. Returns the last exit code and the last line printed.
+
+    They end with this process at the latest. If the task is cancelled, they have time for a checkpoint.
+    """
     import ray
 
     environment = {name: x for name, x in os.environ.items() if (name, x) != ("CUDA_VISIBLE_DEVICES", "")}
@@ -155,35 +145,38 @@ def execute(command, folder, threads, attempt):
         node = ray.get_runtime_context().get_node_id()
         log.write(f"\n--- attempt {attempt} on {os.uname().nodename}, node {node}, worker {os.getpid()}\n".encode())
         log.flush()
-        line = [sys.executable, "-m", "tools.launch", str(os.getpid()), folder, *command]
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=ROOT,
-                                   start_new_session=True)  # fmt: skip
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-        except KeyboardInterrupt:  # the sweep is stopped
-            process.terminate()  # train.py writes a checkpoint
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            raise
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-            process.wait()
+        for command in commands:
+            line = [sys.executable, "-m", "tools.launch", str(os.getpid()), folder, *command]
+            process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                                       cwd=ROOT, start_new_session=True)  # fmt: skip
+            try:
+                while process.poll() is None:
+                    time.sleep(0.2)
+            except KeyboardInterrupt:  # the sweep is stopped
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                raise
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+                process.wait()
+            if process.returncode != 0:
+                break
         log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
         lines = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
         return process.returncode, next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def probe(folder, root):
-    """As a task of Ray's, leave a file in the folder of the runs. Returns the host, the file and a hash of the code."""
+    """As a task of Ray's, leave a file in the folder of the runs. Returns the host, the file and a hash of its code."""
     import ray
 
-    mark, host = folder / f"probe-{ray.get_runtime_context().get_node_id()}", os.uname().nodename
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(root.glob("*.py")))).hexdigest()
+    mark = folder / f"probe-{ray.get_runtime_context().get_node_id()}"
     with suppress(OSError):
-        mark.write_text(host)
-    code = b"".join(path.read_bytes() for path in sorted(root.glob("*.py")))
-    return host, mark, hashlib.sha256(code).hexdigest()
+        mark.write_text("")
+    return os.uname().nodename, mark, code
 
 
 # ---- 3. The cluster ------------------------------------------------------------------------------
@@ -194,7 +187,6 @@ def cluster(options):
     """Ray, connected to the cluster of the options, or to one of its own that ends with it. Raises ValueError."""
     try:
         import ray
-        import rich  # noqa: F401  of the table
     except ImportError as error:
         raise ValueError(f"{error}: pip install -r requirements-sweep.txt") from None
     os.environ.setdefault("RAY_worker_niceness", "0")  # runs are no background work, which Ray takes them for
@@ -212,12 +204,11 @@ def cluster(options):
 
 
 def check_nodes(ray, runs):
-    """Raises ValueError unless every node writes where the driver reads, and has this code."""
+    """Raises ValueError unless every node writes where the driver reads, and all have one version of the code."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     ask = ray.remote(num_cpus=0, max_retries=0)(probe)
     answers = ray.get([ask.options(scheduling_strategy=strategy(n, soft=False)).remote(runs, ROOT) for n in nodes])
-    own = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()
     for _ in range(30):  # a network's file system may be seconds late
         unseen = [host for host, mark, _ in answers if not mark.exists()]
         if not unseen:
@@ -228,10 +219,9 @@ def check_nodes(ray, runs):
     if unseen:
         raise ValueError(f"what node {unseen[0]} writes to {runs} is not seen here: give --runs a folder that all "
                          f"{len(nodes)} nodes share under the same path (NFS, Lustre, EFS, ...)")  # fmt: skip
-    for host, _, code in answers:
-        if code != own:
-            raise ValueError(f"node {host} has another version of this code in {ROOT}, or none: put it on all nodes, "
-                             "best on the shared file system")  # fmt: skip
+    if len({code for _, _, code in answers}) > 1:
+        raise ValueError(f"the nodes {', '.join(host for host, _, _ in answers)} differ in the code in {ROOT}: put one "
+                         "version on all, best on the shared file system")  # fmt: skip
 
 
 def share(nodes, options):
@@ -252,103 +242,85 @@ def share(nodes, options):
     return gpus, cpus
 
 
-# ---- 4. Runs and their table ---------------------------------------------------------------------
+# ---- 4. Runs -------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Job:
-    """One program to run in a folder, and its row of the table."""
+    """Programs to run in the folder of a run."""
 
     folder: Path
-    command: list
-    total: int = 0  # environment steps; 0 for an evaluation
+    commands: list
+    total: int  # environment steps
+    steps: int = 0  # how many there are
     state: str = "waiting"  # for a place or for a retry, running, finished, failed
     attempt: int = 0
     due: float = 0.0  # not to be submitted before this, time.monotonic()
     log_size: int = 0  # of sweep.log when it was submitted
-    reached: float | None = None  # the last return
-    first: tuple = ()  # (time, steps) when this attempt was first seen to learn,
-    last: tuple = ()  # and when it was last seen to have moved
+
+
+def commands(folder, config, options, device, references):
+    """The programs that a run still needs: train.py, evaluate.py.
+
+    references  evaluate.py also says what the random policy earns: one run of a task is enough
+    """
+    train, remove = not finished(folder, config), ["--remove", "workspace"] * (config.task == "table_wiping")
+    with suppress(OSError, ValueError):
+        done = json.loads((folder / "evaluation.json").read_text())["options"]
+        newer = (folder / "evaluation.json").stat().st_mtime >= (folder / "checkpoint.pt").stat().st_mtime
+        if not train and newer and (done["episodes"], done["remove"]) == (options.episodes, remove[1:]):
+            return []
+    evaluate = [str(ROOT / "evaluate.py"), str(folder), "--episodes", str(options.episodes), "--device", device,
+                "--references" if references else "--no-references", *remove]  # fmt: skip
+    return [[str(ROOT / "train.py"), "--resume", str(folder)]] * train + [evaluate]
 
 
 def look(job):
     """See from a submitted job's files whether it runs, and how far it is."""
     log, metrics = job.folder / "sweep.log", job.folder / "metrics.jsonl"
     if job.attempt and job.state == "waiting" and log.exists() and log.stat().st_size > job.log_size:
-        job.state, job.first, job.last = "running", (), ()
-    if not (job.total and metrics.exists()) or job.state == "waiting":
-        return
-    with open(metrics, "rb") as file:
-        file.seek(max(0, metrics.stat().st_size - 16384))
-        lines, now = file.read().splitlines(), None
-    for line in lines:
-        with suppress(ValueError):  # the first may be half a line
-            values = json.loads(line)
-            job.reached = values.get("eval_return", values.get("train_return", job.reached))
-            now = time.monotonic(), values["steps"]
-    if now and (not job.first or now[1] < job.first[1]):
-        job.first = job.last = now
-    elif now and now[1] != job.last[1]:
-        job.last = now
+        job.state = "running"
+    if metrics.exists():
+        with open(metrics, "rb") as file:
+            file.seek(max(0, metrics.stat().st_size - 16384))
+            for line in file.read().splitlines():
+                with suppress(ValueError):  # half a line
+                    job.steps = json.loads(line)["steps"]
 
 
-class Terminal:
-    """stderr for rich: a lost terminal, a closed pipe or an ASCII one costs the text and nothing else."""
+def status(jobs, start):
+    """One line: how many jobs are in which state, how many steps they have, and how long the rest takes.
 
-    encoding, isatty = getattr(sys.stderr, "encoding", "ascii"), getattr(sys.stderr, "isatty", bool)
-
-    def write(self, text):
-        with suppress(OSError, ValueError, AttributeError):  # AttributeError: stderr is closed, None
-            sys.stderr.write(text)
-
-    def flush(self):
-        with suppress(OSError, ValueError, AttributeError):
-            sys.stderr.flush()
+    start  the moment and the steps when this began
+    """
+    counts, steps, total = Counter(job.state for job in jobs), sum(j.steps for j in jobs), sum(j.total for j in jobs)
+    hours = (time.monotonic() - start[0]) / 3600 / max(steps - start[1], 1) * (total - steps)
+    return (", ".join(f"{count} {state}" for state, count in sorted(counts.items())) +
+            f"; {steps:,} of {total:,} environment steps" + f", {hours:.1f} h left" * (steps > start[1]))  # fmt: skip
 
 
-def table(jobs, title):
-    """A table of rich's: every job's state, steps, return, steps a second, and hours left."""
-    from rich.table import Table
-
-    counts = Counter(job.state for job in jobs)
-    states = ["running", "failed", "waiting", "finished"]
-    head = title + ": " + ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
-    shown = Table("run", "state", *(["steps", "return", "steps/s", "left"] if jobs[0].total else []), title=head)
-    for job in sorted(jobs, key=lambda job: states.index(job.state)):
-        row = [job.folder.name, job.state + (f", attempt {job.attempt}" if job.attempt > 1 else "")]
-        if job.last:
-            seconds, steps = job.last[0] - job.first[0], job.last[1] - job.first[1]
-            row += [f"{job.last[1]:,} of {job.total:,}", "" if job.reached is None else f"{job.reached:.1f}"]
-            if steps > 0 and job.state == "running":
-                row += [f"{steps / seconds:.1f}", f"{max(0, job.total - job.last[1]) * seconds / steps / 3600:.1f} h"]
-        shown.add_row(*row)
-    return shown
-
-
-def work(ray, jobs, gpus, cpus, retries, title):
+def work(ray, jobs, gpus, cpus, retries):
     """Do all jobs, each with so many retries. Returns those that failed. Raises Stopped after a signal to stop."""
-    from rich.console import Console
-    from rich.live import Live
-
     task = ray.remote(execute).options(num_gpus=gpus, num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
-    console, tasks = Console(file=Terminal(), highlight=False, markup=False), {}
-    with ExitStack() as last, Live(console=console, auto_refresh=False) as live, StopSignals() as stop:
-        last.callback(console.print)  # the end of the table's last line
+    for job in jobs:
+        look(job)
+    tasks, said, start = {}, 0.0, (time.monotonic(), sum(job.steps for job in jobs))
+    with StopSignals() as stop:
         try:
             while any(job.state in ("waiting", "running") for job in jobs):
                 for job in jobs:
                     if job.state == "waiting" and job not in tasks.values() and time.monotonic() >= job.due:
-                        submit(job, task, cpus, tasks)
-                ready = []
-                if tasks:
-                    ready = ray.wait([*tasks], timeout=1)[0]
-                else:  # all wait for their retries
-                    time.sleep(1)
+                        log = job.folder / "sweep.log"
+                        job.attempt, job.log_size = job.attempt + 1, log.stat().st_size if log.exists() else 0
+                        tasks[task.remote(job.commands, job.folder, cpus, job.attempt)] = job
+                ready = ray.wait([*tasks], timeout=1)[0] if tasks else time.sleep(1)  # all wait for their retries
                 for job in tasks.values():
                     look(job)
-                for ref in ready:
-                    console.print(settle(ray, tasks.pop(ref), ref, retries), soft_wrap=True)
-                live.update(table(jobs, title), refresh=True)
+                for ref in ready or ():
+                    say(settle(ray, tasks.pop(ref), ref, retries))
+                if time.monotonic() > said + 60:
+                    say(status(jobs, start))
+                    said = time.monotonic()
                 stop.check()
         except Stopped as error:
             for ref in tasks:
@@ -356,50 +328,24 @@ def work(ray, jobs, gpus, cpus, retries, title):
             ray.wait([*tasks], num_returns=len(tasks), timeout=GRACE + 30)
             error.args = (f"stopped by {signal.Signals(error.number).name}; go on with the same command",)
             raise
-    return [job for job in jobs if job.state == "failed"]
-
-
-def submit(job, task, cpus, tasks):
-    """Hand a job to Ray, which starts it as soon as there is a place for it."""
-    log = job.folder / "sweep.log"
-    job.attempt, job.log_size = job.attempt + 1, log.stat().st_size if log.exists() else 0
-    tasks[task.remote(job.command, job.folder, cpus, job.attempt)] = job
+    return [job.folder for job in jobs if job.state == "failed"]
 
 
 def settle(ray, job, ref, retries):
     """Note how a job's task ended: finished, failed for good, or waiting for a retry. Returns a line that says so."""
     try:
-        code, said = ray.get(ref)
-        reason = f"exit code {code}, {said}"
+        code, last = ray.get(ref)
+        reason = f"exit code {code}, {last}"
     except ray.exceptions.RayError as error:  # its worker or node died, or memory was short
         code, reason = -1, (str(getattr(error, "cause", None) or error).splitlines() or [type(error).__name__])[0]
-    if code == 0:
-        job.state = "finished"
-        return f"{job.folder.name}: finished"
-    job.state = "failed" if job.attempt > retries else "waiting"
+    job.state = "finished" if code == 0 else "failed" if job.attempt > retries else "waiting"
     job.due = time.monotonic() + min(2.0**job.attempt, 60)
-    what = "given up" if job.state == "failed" else f"attempt {job.attempt + 1} of {retries + 1} follows"
-    return f"{job.folder.name}: {reason}; {what}"
+    then = {"finished": "finished", "failed": f"{reason}; given up",
+            "waiting": f"{reason}; attempt {job.attempt + 1} of {retries + 1} follows"}  # fmt: skip
+    return f"{job.folder.name}: {then[job.state]}"
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
-
-
-def evaluation(folder, config, options, device, references):
-    """The job that evaluates a run; None if that has been done since its last checkpoint.
-
-    references  whether it also says what the random policy earns: one run of a task is enough
-    """
-    remove = ["workspace"] if config.task == "table_wiping" else []  # Table II
-    with suppress(OSError, ValueError):
-        done = json.loads((folder / "evaluation.json").read_text())["options"]
-        newer = (folder / "evaluation.json").stat().st_mtime >= (folder / "checkpoint.pt").stat().st_mtime
-        if newer and (done["episodes"], done["remove"]) == (options.episodes, remove):
-            return None
-    arguments = ["--episodes", str(options.episodes), "--device", device]
-    arguments += ["--remove", *remove] if remove else []
-    arguments += ["--references" if references else "--no-references"]
-    return Job(folder, [str(ROOT / "evaluate.py"), str(folder), *arguments])
 
 
 def write_results(configs, folder):
@@ -432,20 +378,14 @@ def main(options, rest):
         for folder in left:
             config = configs[folder] if gpus else replace(configs[folder], device=device)
             (write_config if folder.exists() else create_folder)(folder, config)
-        jobs = [Job(f, [str(ROOT / "train.py"), "--resume", str(f)], configs[f].steps) for f in left]
-        failed = work(ray, jobs, gpus, cpus, options.retries, "training") if jobs else []
-        trained = {folder: c for folder, c in configs.items() if folder not in [job.folder for job in failed]}
-        first = {config.task: folder for folder, config in reversed(trained.items())}
-        jobs = [evaluation(f, c, options, device, references=f == first[c.task]) for f, c in trained.items()]
-        jobs = list(filter(None, jobs))
-        failed += work(ray, jobs, gpus, cpus, options.retries, "evaluation") if jobs else []
-    good = {folder: c for folder, c in trained.items() if folder not in [job.folder for job in failed]}
-    if good:
-        write_results(good, runs)
+        first = {config.task: folder for folder, config in reversed(configs.items())}.values()
+        jobs = [Job(f, commands(f, c, options, device, f in first), c.steps) for f, c in configs.items()]
+        failed = work(ray, [job for job in jobs if job.commands], gpus, cpus, options.retries)
+    if len(failed) < len(configs):
+        write_results({folder: config for folder, config in configs.items() if folder not in failed}, runs)
     if failed:
-        names = ", ".join(job.folder.name for job in failed)
-        raise Fault(f"{len(failed)} of {len(configs)} runs failed: {names}; each says why in its sweep.log, and the "
-                    "same command tries again")  # fmt: skip
+        raise Fault(f"{len(failed)} of {len(configs)} runs failed: {', '.join(folder.name for folder in failed)}; each "
+                    "says why in its sweep.log, and the same command tries again")  # fmt: skip
     return None
 
 

@@ -34,7 +34,7 @@ PAIR = {"ELBO": "mssm_e", "MuMMI": "mummi"}  # the two models: name here: method
 SIZES: dict = dict(  # a model for a CPU; many short sequences, as their steps are the negatives of Eq. (15)
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=32, batch_length=8, free_nats=1.0,
 )  # fmt: skip
-UPDATES = {"position_camera": 2_000, "two_cameras": 2_000, "x_and_y": 6_000}  # MuMMI learns x or y long before the other
+UPDATES = {"position_camera": 2_000, "two_cameras": 2_000, "x_and_y": 6_000}  # MuMMI learns one of x, y much later
 STEPS = 100  # of an episode
 TRAIN_EPISODES, TEST_EPISODES = 100, 25  # 2,500 steps to measure on
 
@@ -70,8 +70,7 @@ def random_motion(task, episodes, missing_rate, seed):
             recorded[-1].append({**observation, "action": action, "reward": reward, "truth": info["position"]})
             action = rng.uniform(-1, 1, 2)
             observation, reward, _, _, info = env.step(action)
-    names = recorded[0][0]
-    motion = {name: np.array([[step[name] for step in steps] for steps in zip(*recorded)]) for name in names}
+    motion = {k: np.array([[step[k] for step in steps] for steps in zip(*recorded)]) for k in recorded[0][0]}
     for sensor in {"position", "x", "y"} & motion.keys():
         # Standardised: uniform in 0..1 has mean 1/2, variance 1/12. Left so small, they are learnt later
         # than the picture, and it is the camera that the ELBO relies on.
@@ -152,18 +151,15 @@ def measure(sensors, fit, test):
     """
     a, b = sensors
     numbers = {}
-    decode = linear(fit.latent[2], fit.truth)
     for i, view in enumerate([f"{a} alone", f"{b} alone", "both"]):
-        decoded = decode(test.latent[i])
-        of_its_own = linear(fit.latent[i], fit.truth)(test.latent[i])
+        decoded, of_its_own = (linear(fit.latent[j], fit.truth)(test.latent[i]) for j in (2, i))
         name = f"R2 of position from the latent state, {view}"
         numbers[name], numbers[f"{name}, by a decoder of its own"] = r2(decoded, test.truth), r2(of_its_own, test.truth)
         for j, coordinate in enumerate("xy"):
             numbers[f"R2 of {coordinate}, {view}"] = r2(decoded[:, j], test.truth[:, j])
     for i, j, pair in ((0, 1, f"{a} -> {b}"), (1, 0, f"{b} -> {a}")):
-        transferred = nearest(fit.mean[i], fit.truth)(test.mean[j])
+        transferred, rank = nearest(fit.mean[i], fit.truth)(test.mean[j]), matching_rank(test.mean[i], test.mean[j])
         numbers[f"R2 of position by nearest expert means, {pair}"] = r2(transferred, test.truth)
-        rank = matching_rank(test.mean[i], test.mean[j])
         numbers[f"median rank of the same step among {len(test.truth)}, {pair}"] = int(rank)
     numbers[f"mean log(std of {b} / std of {a})"] = float((test.std[1] / test.std[0]).log().mean())
     return numbers
@@ -173,11 +169,7 @@ def measure(sensors, fit, test):
 
 
 def principal_components(*spaces):
-    """Every space projected on the two directions in which all of them together spread most.
-
-    spaces   (N, D) each
-    returns  (N, 2) each
-    """
+    """Project spaces on the two directions in which all together spread most. (N, D) each -> (N, 2) each"""
     together = torch.cat(spaces)
     centre = together.mean(0)
     directions = torch.linalg.svd(together - centre, full_matrices=False).Vh[:2]
@@ -198,8 +190,7 @@ def colours(truth):
 
 def scatter_row(axes, spaces, truth, titles):
     """One space a panel, coloured by position; all of them together in grey behind it."""
-    points = principal_components(*spaces)
-    for axis, title, panel in zip(axes, titles, points):
+    for axis, title, panel in zip(axes, titles, points := principal_components(*spaces)):
         axis.scatter(*torch.cat(points).T, s=5, color="0.86", linewidths=0)
         axis.scatter(*panel.T, s=5, c=colours(truth), linewidths=0)
         axis.set_title(title, fontsize=9)
@@ -216,18 +207,15 @@ def draw(sensors, spaces, numbers):
     figure = Figure(figsize=(15, 5.4), layout="constrained")
     parts = figure.subfigures(1, 3, width_ratios=[7, 7, 1.4], wspace=0.04, squeeze=False)[0]
     for half, (method, space) in zip(parts, spaces.items()):
-        n = numbers[method]
         half.suptitle(f"{method}, " + ("Eq. (10)" if method == "ELBO" else "Eq. (17)"), fontweight="bold")
-        axes = half.subplots(2, 3)
-        transfer = [n[f"R2 of position by nearest expert means, {pair}"] for pair in (f"{b} -> {a}", f"{a} -> {b}")]
+        above, below = half.subplots(2, 3)
+        transfer = [numbers[method][f"R2 of position by nearest expert means, {x} -> {y}"] for x, y in ((b, a), (a, b))]
         titles = [f"{name}'s expert\nread as the other's: $R^2$ {r:.2f}" for name, r in zip(sensors, transfer)]
-        scatter_row(axes[0], space.mean, space.truth, [*titles, "product of both"])
-        views = (f"{a} alone", f"{b} alone", "both")
-        decoded = {view: n[f"R2 of position from the latent state, {view}"] for view in views}
-        titles = [f"latent state, {view}\n$R^2$ {r:.2f}" for view, r in decoded.items()]
-        scatter_row(axes[1], space.latent, space.truth, titles)
-    axis = parts[2].subplots()
-    grid = torch.linspace(0, 1, 50)
+        scatter_row(above, space.mean, space.truth, [*titles, "product of both"])
+        views = f"latent state, {a} alone", f"latent state, {b} alone", "latent state, both"
+        titles = [f"{view}\n$R^2$ {numbers[method][f'R2 of position from the {view}']:.2f}" for view in views]
+        scatter_row(below, space.latent, space.truth, titles)
+    axis, grid = parts[2].subplots(), torch.linspace(0, 1, 50)
     square = torch.cartesian_prod(grid, grid).flip(-1)  # rows of the picture are y
     axis.imshow(colours(square).reshape(50, 50, 3), origin="lower", extent=(0, 1, 0, 1))
     axis.set(xticks=[0, 1], yticks=[0, 1], xlabel="x", ylabel="y")
@@ -260,13 +248,9 @@ def main(options):
     train = random_motion(task, TRAIN_EPISODES, options.missing_rate, train_seed)
     fit, test = (random_motion(task, TEST_EPISODES, 0.0, seed) for seed in (fit_seed, test_seed))
 
-    spaces, numbers = {}, {}
-    for method in PAIR:
-        model = learn(method, options, train)
-        sensors = list(model.modalities)
-        spaces[method] = perceive(model, test)
-        numbers[method] = measure(sensors, perceive(model, fit), spaces[method])
-
+    models = {method: learn(method, options, train) for method in PAIR}
+    sensors, spaces = list(models["ELBO"].modalities), {method: perceive(models[method], test) for method in PAIR}
+    numbers = {method: measure(sensors, perceive(models[method], fit), spaces[method]) for method in PAIR}
     seconds = round(time.perf_counter() - started)
     report.write_text(json.dumps({"options": asdict(options), "seconds": seconds, **numbers}, indent=1) + "\n")
     draw(sensors, spaces, numbers).savefig(picture, dpi=110)
