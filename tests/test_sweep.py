@@ -125,10 +125,10 @@ def cluster():
     cluster.shutdown()
 
 
-def start(cluster, *options, stdout=subprocess.PIPE):
-    """The sweep, as a user starts it, on a terminal that knows ASCII only."""
+def start(cluster, *options, stdout=subprocess.PIPE, encoding="utf-8"):
+    """The sweep, as a user starts it."""
     command = [sys.executable, "-m", "tools.sweep", "--address", cluster.address, *OPTIONS, *map(str, options)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -216,7 +216,7 @@ def test_a_sweep_that_nobody_reads_writes_its_table(cluster):
     """Its output is ASCII, and a pipe that is closed."""
     reader, writer = os.pipe()
     os.close(reader)
-    process = start(cluster, "--methods", "mummi", "--seeds", 1, "--steps", 400, stdout=writer)
+    process = start(cluster, "--methods", "mummi", "--seeds", 1, "--steps", 400, stdout=writer, encoding="ascii")
     os.close(writer)
     assert process.wait(timeout=1200) == 0
     assert "1 seed, 1 episodes" in Path("runs-table.md").read_text() and Path("runs-curves.png").exists()

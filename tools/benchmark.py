@@ -31,7 +31,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -247,7 +247,8 @@ def training(seconds=60):
     Raises ValueError where train.py fails.
     """
     options = "--task finger_spin --name x --log-every 1 --first-updates 6 --capacity 100000"
-    seen, peak = [], 0.0  # seen: (moment, line) of every update, past the first, in which things are compiled
+    seen: list = []  # (moment, line) of every update past the first, in which things are compiled
+    peak = 0.0
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train.py"), *options.split()]
         process = subprocess.Popen(command, cwd=folder, stdout=sys.stderr, start_new_session=True)
@@ -287,7 +288,7 @@ def peers(dreamer_pytorch, r2dreamer, settings=((2, 16), (2, 50), (1, 16), (1, 5
             processes, times = {}, {name: [] for name in paths}
             for name, path in paths.items():
                 command = [sys.executable, ROOT / "tools" / "peers.py", *name.split(), path, size, threads]
-                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                pipes: dict = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                 processes[name] = stack.enter_context(subprocess.Popen([*map(str, command)], **pipes))
             for turn, (name, process) in itertools.product(range(6), processes.items()):
                 if turn:  # the first update comes unasked
@@ -312,7 +313,7 @@ def main(options):
             raise ValueError(f"{name} {path}: give a folder with a checkout, and the section peers")
     (output,) = tools.output_files(options.output, ".json")
     report = {"machine": machine(), "unit": "milliseconds"}
-    for name in (name for name in Section.__args__ if name in options.sections):  # update first, profiles last
+    for name in (name for name in get_args(Section) if name in options.sections):  # update first, profiles last
         say(f"{name} ...")
         report[name] = globals()[name](*(checkouts.values() if name == "peers" else ()))
         output.write_text(json.dumps(report, indent=2) + "\n")

@@ -33,10 +33,10 @@ def record(task):
         for name in env.sensors:
             kind = images if observation[name].ndim == 3 else vectors
             kind.setdefault(name, []).append(observation[name])
-        if task.startswith("toy"):
-            images.setdefault("the world", []).append(env.render())
-        elif task != "table_wiping":
-            images.setdefault("foreground", []).append(world.foreground)
+        if task != "table_wiping":
+            picture = env.render()  # also finds the foreground
+            name, picture = ("the world", picture) if task.startswith("toy") else ("foreground", world.foreground)
+            images.setdefault(name, []).append(picture)
         if truncated:
             break
         action = 0.9 * action + 0.4 * rng.normal(size=action.shape)
@@ -67,7 +67,7 @@ def draw(task):
     grid = figure.add_gridspec(len(heights), len(moments) + 1, height_ratios=heights,
                                width_ratios=[1] * len(moments) + [0.1])  # fmt: skip
     for row, (name, pictures) in enumerate(images.items()):
-        options = {"cmap": "gray", "vmin": 0, "vmax": 1}
+        options: dict = {"cmap": "gray", "vmin": 0, "vmax": 1}
         if name == "depth":  # from the nearest part of the body as far again beyond its farthest: there is floor
             body = [d[f] for d, f in zip(pictures, images["foreground"]) if d.any()]
             near, far = np.concatenate(body).min(), np.concatenate(body).max()
@@ -97,7 +97,8 @@ def draw(task):
     return figure
 
 
-def main(tasks: tyro.conf.Positional[tuple[Literal[TASKS], ...]] = TASKS, output: str = "runs/contact_sheets"):
+def main(tasks: tyro.conf.Positional[tuple[Literal[TASKS], ...]] = TASKS,  # type: ignore[valid-type]
+         output: str = "runs/contact_sheets"):  # fmt: skip
     """Draw the tasks into a folder. Raises ValueError where it cannot be written."""
     for task in tasks:
         (picture,) = tools.output_files(f"{output}/{task}", ".png")

@@ -22,7 +22,7 @@ from checkpoint import say
 from envs import seeds
 from tools import toy
 
-WAYS = {  # other side: the change of the configuration
+WAYS: dict[str, dict] = {  # other side: the change of the configuration
     "default": {},
     "D1: experts weigh 1/std": {"expert_power": 1},
     "D2: mean of s^f, no sample": {"sample_s_f": False},

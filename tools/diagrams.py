@@ -56,7 +56,7 @@ def two_slices():
         axis.text(x, y, text, ha="center", va="center", fontsize=9.5, color=colour, zorder=3,
                   bbox=dict(facecolor="white", edgecolor="none", pad=1.5))  # fmt: skip
     for (x, y), text, square, observed in NODES.values():
-        style = dict(facecolor=GREY if observed else "white", edgecolor=BLACK, linewidth=1.5, zorder=2)
+        style: dict = dict(facecolor=GREY if observed else "white", edgecolor=BLACK, linewidth=1.5, zorder=2)
         axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **style) if square else Circle((x, y), 0.55, **style))
         axis.text(x, y, text, ha="center", va="center", fontsize=15, zorder=4)
     key = "white: inferred    grey: given    square: deterministic    black: generates    blue: infers"

@@ -78,7 +78,8 @@ if __name__ == "__main__":
     name, *precision, path, size, threads = sys.argv[1:]
     sys.path[0] = path
     torch.set_num_threads(int(threads))
-    update = {"mummi": mummi, "dreamer-pytorch": dreamer_pytorch, "r2dreamer": r2dreamer}[name](int(size), *precision)
+    builders: dict = {"mummi": mummi, "dreamer-pytorch": dreamer_pytorch, "r2dreamer": r2dreamer}
+    update = builders[name](int(size), *precision)
     while True:
         start = time.perf_counter()
         update()

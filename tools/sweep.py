@@ -313,10 +313,12 @@ def work(ray, jobs, gpus, cpus, retries):
                         log = job.folder / "sweep.log"
                         job.attempt, job.log_size = job.attempt + 1, log.stat().st_size if log.exists() else 0
                         tasks[task.remote(job.commands, job.folder, cpus, job.attempt)] = job
-                ready = ray.wait([*tasks], timeout=1)[0] if tasks else time.sleep(1)  # all wait for their retries
+                if not tasks:  # all wait for their retries
+                    time.sleep(1)
+                ready = ray.wait([*tasks], timeout=1)[0] if tasks else []
                 for job in tasks.values():
                     look(job)
-                for ref in ready or ():
+                for ref in ready:
                     say(settle(ray, tasks.pop(ref), ref, retries))
                 if time.monotonic() > said + 60:
                     say(status(jobs, start))
