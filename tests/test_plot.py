@@ -1,4 +1,4 @@
-"""plot.py: smoothing and interpolation against their definitions, seeds pooled, bad input refused."""
+"""tools.plot: smoothing and interpolation against their definitions, seeds pooled, bad input refused."""
 
 import json
 import runpy
@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plot
-
-SCRIPT = Path(plot.__file__)
+from tools import plot
 
 
 def write_run(folder, values, task="toy", method="mummi", seed=1, metric="train_return", steps=None, **config):
@@ -24,9 +22,9 @@ def write_run(folder, values, task="toy", method="mummi", seed=1, metric="train_
 
 
 def command(monkeypatch, *arguments):
-    """`python plot.py ...` in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    """`python -m tools.plot ...` in this process."""
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
+    runpy.run_path(plot.__file__, run_name="__main__")
 
 
 # ---- 1. Curves -----------------------------------------------------------------------------------
@@ -59,14 +57,19 @@ def test_seeds_without_common_steps_are_refused():
         plot.interpolate([(np.array([0.0, 100]), np.zeros(2)), (np.array([500.0, 600]), np.zeros(2))])
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    drawn, draw = [], plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    return drawn
+
+
 @pytest.mark.fig(5)
-def test_seeds_are_pooled_to_mean_and_standard_deviation(tmp_path, monkeypatch):
+def test_seeds_are_pooled_to_mean_and_standard_deviation(tmp_path, figures):
     """What is drawn, taken from the figure: one panel a task, one line a method."""
     runs = [write_run(tmp_path / f"a{s}", [10.0 * s] * 5, seed=s, name=f"a{s}") for s in (1, 2, 3)]
     runs += [write_run(tmp_path / "b", [1.0, 2.0], method="dreamer"), write_run(tmp_path / "c", [5.0], task="cup_catch")]
-    figures = []
-    draw = plot.draw
-    monkeypatch.setattr(plot, "draw", lambda *arguments: figures.append(draw(*arguments)) or figures[0])
     plot.main(plot.Options(tuple(runs), panels=True, output=str(tmp_path / "new" / "curves")))
 
     toy, cup = figures[0].axes
@@ -78,6 +81,18 @@ def test_seeds_are_pooled_to_mean_and_standard_deviation(tmp_path, monkeypatch):
     np.testing.assert_allclose([band.min(), band.max()], [20 - std, 20 + std])
     for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
         assert (tmp_path / "new" / f"curves{suffix}").read_bytes().startswith(start)
+
+
+def test_ablations_stand_side_by_side_under_labels_of_their_own(tmp_path, figures):
+    """Each value of what --label names is a line with its own style; its seeds are still pooled."""
+    runs = [write_run(tmp_path / f"{n}-{s}", [n + s] * 3, seed=s, free_nats=n) for n in (0.0, 3.0) for s in (1, 2)]
+    runs.append(write_run(tmp_path / "cvrl", [9.0] * 3, method="cvrl", free_nats=3.0))
+    plot.main(plot.Options(tuple(runs), label=("free-nats",), output=str(tmp_path / "curves")))
+    lines = figures[0].axes[0].lines
+    labels = ["MuMMI, free_nats 0.0, 2 seeds", "MuMMI, free_nats 3.0, 2 seeds", "CVRL, free_nats 3.0, 1 seed"]
+    assert [line.get_label() for line in lines] == labels
+    assert [line.get_ydata()[0] for line in lines] == [1.5, 4.5, 9]
+    assert len({line.get_color() for line in lines}) == 3
 
 
 # ---- 2. Reading ----------------------------------------------------------------------------------
@@ -101,6 +116,19 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
 
 def no_run(folder):
     return [str(folder / "missing")]
+
+
+def nothing_at_all(folder):
+    return []
+
+
+def no_run_among_them(folder):
+    (folder / "curves.png").write_bytes(b"")
+    return [str(folder / "curves.png")]
+
+
+def unknown_label(folder):
+    return [write_run(folder / "run", [1.0]), "--label", "touch"]
 
 
 def half_a_config(folder):
@@ -147,13 +175,16 @@ def smoothing_of_one(folder):
 
 @pytest.mark.parametrize("bad_input, message", [
     (no_run, "missing is not the folder of a run"),
-    (half_a_config, "run is not the folder of a run"),
+    (nothing_at_all, "nothing was given, and no run"),
+    (no_run_among_them, "curves.png was given, and no run"),
+    (unknown_label, "--label touch is no option"),
+    (half_a_config, "config.json is damaged"),
     (unknown_method, "method 'ppo' is unknown: choose among mummi,"),
     (no_evaluation_yet, "no line with eval_return yet"),
     (no_metrics, "no line with train_return yet"),
     (broken_line, "metrics.jsonl, line 1: not JSON"),
     (one_seed_twice, "are both toy, mummi, seed 1: leave one out"),
-    (different_missing_rates, "differ in missing_rate, 0.0 and 0.375: plot them apart"),
+    (different_missing_rates, "differ in missing_rate, 0.0 and 0.375"),
     (different_tasks, "are of different tasks, toy and cup_catch: plot them apart"),
     (smoothing_of_one, "--smoothing 1.0 is not allowed"),
 ])  # fmt: skip
@@ -163,11 +194,28 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, bad_inp
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, *arguments, "--output", str(tmp_path / "new" / "curves"))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("plot.py: ") and error.count("\n") == 1 and message in error
+    assert stop.value.code == 2 and error.startswith("tools.plot: ") and error.count("\n") == 1 and message in error
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_command_writes_both_files(tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", [1.0])
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, run, "--output", tmp_path / "run" / "config.json" / "curves")
+    assert stop.value.code == 2 and "cannot be written" in capsys.readouterr().err
+
+
+def test_the_command_writes_both_files_and_says_so(tmp_path, monkeypatch, capsys):
+    """A suffix is not doubled; what else a glob finds beside the runs is left out."""
     run = write_run(tmp_path / "run", [1.0, 2.0], metric="eval_return")
-    command(monkeypatch, run, "--metric", "eval_return", "--output", str(tmp_path / "curves"))
-    assert {path.suffix for path in tmp_path.glob("curves.*")} == {".png", ".svg"}
+    (tmp_path / "other").mkdir()
+    command(monkeypatch, run, tmp_path / "other", "--metric", "eval_return", "--output", tmp_path / "curves.png")
+    assert {path.name for path in tmp_path.glob("curves*")} == {"curves.png", "curves.svg"}
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"no runs, left out: {tmp_path}/other", f"{tmp_path}/curves.png, {tmp_path}/curves.svg: 1 runs"]
+
+
+def test_by_default_nothing_is_written_into_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command(monkeypatch, write_run(tmp_path / "run", [1.0, 2.0]))
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "runs"}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from test_reliability import TOY, assert_equal_runs, run
 
-import sweep
 from config import Config, parse
+from tools import sweep
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--tasks", "toy", "--methods", "mummi", "cvrl", "--seeds", "1", "2", "--episodes", "1", *TOY[: TOY.index("--task")],
@@ -53,10 +53,10 @@ def test_the_plan_says_the_hours_that_were_measured(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     planned = configs(tasks=("cup_catch",), seeds=(1,))
-    (folder / "cpu.json").write_text(json.dumps({"machine": {"gpu": None}, "update": {
-        "50x50 float32 eager": {"median": 3600.0}, "50x50 bfloat16 eager": {"median": 1.0}}}))  # fmt: skip
+    (folder / "cpu.json").write_text(json.dumps({"machine": {"gpu": None}, "training": {"steps_a_second": 2.0}}))
+    (folder / "other.json").write_text(json.dumps({"machine": {"gpu": "G8"}, "update": {}}))
     said = sweep.describe(planned, [*planned])
-    assert "No GPU has been measured" in said and "199.6 hours each, 798 in all" in said
+    assert "No GPU has been measured" in said and "277.8 hours each, 1,111 in all" in said
     (folder / "gpu.json").write_text(json.dumps({"machine": {"gpu": "G9"}, "training": {"steps_a_second": 200.0}}))
     said = sweep.describe(planned, [*planned][:3])
     assert "1 are finished" in said and "2.8 hours each, 8 in all, one at a time on G9" in said and "CPU" not in said
@@ -117,7 +117,7 @@ def cluster():
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_worker_niceness"] = "0"  # as sweep.py has it for a cluster of its own
+    os.environ["RAY_worker_niceness"] = "0"  # as tools.sweep has it for a cluster of its own
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=2)
@@ -125,10 +125,11 @@ def cluster():
     cluster.shutdown()
 
 
-def start(cluster, *options):
+def start(cluster, *options, stdout=subprocess.PIPE, encoding="utf-8"):
     """The sweep, as a user starts it."""
-    command = [sys.executable, ROOT / "sweep.py", "--address", cluster.address, *OPTIONS, *map(str, options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "tools.sweep", "--address", cluster.address, *OPTIONS, *map(str, options)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def end(process):
@@ -153,7 +154,7 @@ def place(folder):
 def alive(folder):
     """The processes of a run."""
     lines = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if str(folder) in line and "sweep.py" not in line and not line.startswith("Z")]
+    return [line for line in lines if str(folder) in line and "tools.sweep" not in line and not line.startswith("Z")]
 
 
 def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(cluster):
@@ -191,7 +192,7 @@ def test_an_interrupted_sweep_goes_on_and_a_run_that_fails_does_not_stop_the_oth
     wait_for(lambda: all((folder / "checkpoint.pt").exists() for folder in folders), process)
     process.send_signal(signal.SIGINT)
     code, said = end(process)
-    assert (code, said.splitlines()[-1]) == (130, "sweep.py: stopped by SIGINT; go on with the same command"), said
+    assert (code, said.splitlines()[-1]) == (130, "tools.sweep: stopped by SIGINT; go on with the same command"), said
     assert [alive(folder) for folder in folders] == [[], []]
     assert not (folders[0] / "evaluation.json").exists()
 
@@ -209,6 +210,16 @@ def test_an_interrupted_sweep_goes_on_and_a_run_that_fails_does_not_stop_the_oth
     assert code == 0 and "of which 1 are finished" in said, said
     assert (folders[0] / "sweep.log").read_text() == before, "what is finished is left alone"
     assert "2 seeds, 2 episodes" in Path("runs-table.md").read_text()
+
+
+def test_a_sweep_that_nobody_reads_writes_its_table(cluster):
+    """Its output is ASCII, and a pipe that is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(cluster, "--methods", "mummi", "--seeds", 1, "--steps", 400, stdout=writer, encoding="ascii")
+    os.close(writer)
+    assert process.wait(timeout=1200) == 0
+    assert "1 seed, 1 episodes" in Path("runs-table.md").read_text() and Path("runs-curves.png").exists()
 
 
 def test_a_node_that_does_not_see_the_runs_is_named(cluster):

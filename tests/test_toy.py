@@ -1,5 +1,6 @@
-"""toy.py: the numbers of Fig. 1 against cases with known answers, and the command from end to end."""
+"""tools.toy: the numbers of Fig. 1 against cases with known answers, and the command from end to end."""
 
+import io
 import json
 import math
 import runpy
@@ -10,8 +11,8 @@ import pytest
 import torch
 from conftest import close
 
-import toy
 from mssm import MSSM
+from tools import toy
 
 N = 200
 
@@ -70,9 +71,9 @@ toy_truth = torch.rand(N, 2, generator=torch.Generator().manual_seed(0))
 
 
 def test_measures_of_experts_that_agree():
-    """The second sensor reads the same code; its latent state knows x only."""
-    code, half = toy_truth @ torch.randn(2, 8), toy_truth * torch.tensor([1.0, 0]) + torch.tensor([0, 0.5])
-    agree = spaces([code, code, code], [toy_truth, half, toy_truth])
+    """The second expert's means are the first's; its latent state knows x only."""
+    same, half = toy_truth @ torch.randn(2, 8), toy_truth * torch.tensor([1.0, 0]) + torch.tensor([0, 0.5])
+    agree = spaces([same, same, same], [toy_truth, half, toy_truth])
     numbers = toy.measure(["a", "b"], agree, agree)
     close(numbers["R2 of position from the latent state, a alone"], 1.0)
     close(numbers["R2 of x, b alone"], 1.0)
@@ -84,9 +85,9 @@ def test_measures_of_experts_that_agree():
 
 
 def test_measures_of_experts_that_disagree():
-    """The second sensor's code is turned by half a turn: what lies near lies elsewhere."""
-    code = (toy_truth - 0.5) @ torch.randn(2, 8)
-    turned = spaces([code, -code, code], [toy_truth, 1 - toy_truth, toy_truth])  # of latent states, too
+    """The second expert's means are turned by half a turn: what lies near lies elsewhere."""
+    mean = (toy_truth - 0.5) @ torch.randn(2, 8)
+    turned = spaces([mean, -mean, mean], [toy_truth, 1 - toy_truth, toy_truth])  # of latent states, too
     numbers = toy.measure(["a", "b"], turned, turned)
     assert numbers["R2 of position from the latent state, b alone"] < -1
     close(numbers["R2 of position from the latent state, b alone, by a decoder of its own"], 1.0)
@@ -97,10 +98,10 @@ def test_measures_of_experts_that_disagree():
 
 def test_transfer_is_named_for_the_expert_it_is_fitted_on():
     """b's means all lie where a has one position: nothing can be read off a's space, all off b's by chance."""
-    code = toy_truth @ torch.randn(2, 8)
-    one_point = spaces([code, code[:1].expand(N, 8), code], [toy_truth] * 3)
+    mean = toy_truth @ torch.randn(2, 8)
+    one_point = spaces([mean, mean[:1].expand(N, 8), mean], [toy_truth] * 3)
     numbers = toy.measure(["a", "b"], one_point, one_point)
-    expected = toy_truth[torch.cdist(code[:1], code).topk(5, largest=False).indices[0]].mean(0).expand(N, 2)
+    expected = toy_truth[torch.cdist(mean[:1], mean).topk(5, largest=False).indices[0]].mean(0).expand(N, 2)
     close(numbers["R2 of position by nearest expert means, a -> b"], toy.r2(expected, toy_truth))
 
 
@@ -132,10 +133,11 @@ def test_a_sensor_alone_is_its_expert_alone():
     motion = toy.random_motion("toy_xy", 2, 0.0, seed=0)
     model = MSSM({"x": (1,), "y": (1,)}, 2, d_h=8, d_c=4, d_f=6, hidden=8, units=8, channels=2)
     seen = toy.perceive(model, motion)
-    fused = model.fuse(model.encode(motion), motion["present"].movedim(-1, 0).bool())
+    present = motion["present"].bool()
+    fused = model.fuse(model.encode(motion, present), present)
     for m in (0, 1):
-        close(seen.mean[m], fused.expert_mean[m].flatten(0, 1))
-        close(seen.std[m], fused.expert_std[m].flatten(0, 1))
+        close(seen.mean[m], fused.expert_mean[:, :, m].flatten(0, 1))
+        close(seen.std[m], fused.expert_std[:, :, m].flatten(0, 1))
     close(seen.mean[2], fused.mean.flatten(0, 1))
     changed = toy.perceive(model, motion | {"y": motion["y"] + 1})
     close(changed.mean[0], seen.mean[0])
@@ -162,7 +164,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(toy, "TRAIN_EPISODES", 2)
     monkeypatch.setattr(toy, "TEST_EPISODES", 1)
     small = dict(d_h=8, d_f=6, hidden=8, units=8, channels=2, batch_size=3, batch_length=4)
-    monkeypatch.setattr(toy, "SMALL", toy.SMALL | small)
+    monkeypatch.setattr(toy, "SIZES", toy.SIZES | small)
 
 
 @pytest.mark.parametrize("world, sensors", [
@@ -192,6 +194,29 @@ def test_one_seed_gives_one_result(tiny, tmp_path):
     assert reports[0] == reports[1] != reports[2]
 
 
+def command(monkeypatch, *arguments):
+    """`python -m tools.toy ...` in this process."""
+    monkeypatch.setattr(sys, "argv", ["toy.py", *map(str, arguments)])
+    runpy.run_path(toy.__file__, run_name="__main__")
+
+
+def test_results_are_kept_where_nothing_can_be_printed(tiny, tmp_path, monkeypatch):
+    """An ASCII standard output, or none that anybody reads; and a suffix is not doubled."""
+
+    class Closed:
+        encoding = "ascii"
+
+        def write(self, *_):
+            raise BrokenPipeError
+
+        flush = write
+
+    for name, stdout in (("closed", Closed()), ("ascii", io.TextIOWrapper(io.BytesIO(), "ascii"))):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        toy.main(toy.Options("x_and_y", updates=1, output=str(tmp_path / f"{name}.png")))
+        assert {path.name for path in tmp_path.glob(f"{name}*")} == {f"{name}.png", f"{name}.json"}
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--updates", "0"], "--updates 0"),
     (["--seed", "-1"], "--seed -1"),
@@ -199,9 +224,16 @@ def test_one_seed_gives_one_result(tiny, tmp_path):
     (["--missing-rate", "1"], "missing_rate is 1.0; choose one in [0, 1)"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["toy.py", *arguments, "--output", str(tmp_path / "new" / "figure")])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(toy.__file__, run_name="__main__")
+        command(monkeypatch, *arguments, "--output", tmp_path / "new" / "figure")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("toy.py: ") and error.count("\n") == 1 and message in error
+    assert stop.value.code == 2 and error.startswith("tools.toy: ") and error.count("\n") == 1 and message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "--output", tmp_path / "file" / "figure")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "cannot be written" in error and error.count("\n") == 1

@@ -1,19 +1,17 @@
-"""Learning curves of runs, Fig. 5: `python plot.py runs/finger_spin-*`.
+"""Learning curves of runs, Fig. 5: one line a method, the mean over its seeds in a band of one standard deviation.
 
-One line a method: the mean over the seeds, in a band of one standard deviation. Every run is
-smoothed by itself, as in Fig. 5 by a moving average with weight 0.9, and then
-interpolated on the steps that all seeds of its method have reached. Writes <output>.png and .svg.
+Each run is smoothed by itself, as in Fig. 5 by a moving average with weight 0.9, and then interpolated on the steps
+that all seeds of its line have reached. Writes <output>.png and .svg, by default runs/curves.
 
-    python plot.py runs/toy-*                                        # every training episode
-    python plot.py runs/toy-* --metric eval_return --smoothing 0     # evaluations as they were
-    python plot.py runs/* --panels                                   # several tasks, a panel each
+    python -m tools.plot runs/toy-*                                      # every training episode
+    python -m tools.plot runs/toy-* --metric eval_return --smoothing 0   # evaluations as they were
+    python -m tools.plot runs/* --panels                                 # several tasks, a panel each
+    python -m tools.plot runs/toy-* --label weights                      # a line for each value of train.py's --weights
 
-A line is labelled with its method alone, so runs of one panel that differ in more than method and
-seed are refused, as is a seed that is given twice.
+Runs of one panel that differ in anything else than method, seed and what --label names are refused.
 """
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +22,17 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-METHODS = {  # method: its name in the paper, colour (Okabe and Ito's palette), line style, marker
+import tools
+from checkpoint import say
+from config import check_comparable, load_config
+
+STYLES = {  # method: its name in the paper, colour (Okabe and Ito's palette), line style, marker
     "mummi": ("MuMMI", "#D55E00", "-", "o"),
     "mummi_b": ("MuMMI-b", "#E69F00", "--", "s"),
     "mssm_e": ("MSSM-e", "#009E73", "-.", "^"),
     "cvrl": ("CVRL", "#0072B2", ":", "D"),
     "dreamer": ("Dreamer", "#CC79A7", (0, (7, 2, 1, 2, 1, 2)), "v"),
 }
-MAY_DIFFER = set("method seed name resume device deterministic cuda_graphs num_envs steps log_every "
-                 "eval_every eval_episodes".split())  # fmt: skip
 POINTS = 200  # of a curve
 
 
@@ -43,24 +43,29 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs; a shell's glob gives many
     metric: Literal["train_return", "eval_return"] = "train_return"  # of episodes with or without exploration
     smoothing: float = 0.9  # weight of the past in the moving average, Fig. 5; 0 for none
+    label: tuple[str, ...] = ()  # options of train.py that may differ: their values stand in the legend
     panels: bool = False  # one panel a task, as in Fig. 5; else all runs are of one task
-    output: str = "curves"  # file name without suffix
+    output: str = "runs/curves"  # file name without suffix
 
 
 # ---- 1. Reading runs -----------------------------------------------------------------------------
 
 
-def read_config(folder):
-    """config.json of a run. Raises ValueError if the folder holds none."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        known = config["task"], config["method"], config["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is not the folder of a run: {path} with task, method and seed is missing") from None
-    if known[1] not in METHODS:
-        raise ValueError(f"{path}: method {known[1]!r} is unknown: choose among {', '.join(METHODS)}")
-    return config
+def read_configs(runs):
+    """{folder: Config} of the runs. Other things that a glob has found are left out, which is said.
+
+    Raises ValueError where a folder is missing, a configuration is damaged, or there is no run at all.
+    """
+    others = [path for path in runs if Path(path).exists() and not (Path(path) / "config.json").exists()]
+    configs = {folder: load_config(folder) for folder in runs if folder not in others}
+    if not configs:
+        raise ValueError(f"{' '.join(others) or 'nothing'} was given, and no run: give folders like runs/toy-mummi-1")
+    for folder, config in configs.items():
+        if config.method not in STYLES:
+            raise ValueError(f"{folder}: method {config.method!r} is unknown: choose among {', '.join(STYLES)}")
+    if others:
+        say(f"no runs, left out: {' '.join(others)}")
+    return configs
 
 
 def read_metric(folder, metric):
@@ -86,24 +91,6 @@ def read_metric(folder, metric):
     if not points:
         raise ValueError(f"{path} has no line with {metric} yet: give runs that have, or another --metric")
     return np.array(points, float).T
-
-
-def check_comparable(configs):
-    """Raises ValueError where the label of a line, its method, would hide a difference.
-
-    configs  {folder: config}
-    """
-    first, seeds = {}, {}
-    for folder, config in configs.items():
-        other = first.setdefault(config["task"], folder)
-        for name in sorted((config.keys() | configs[other].keys()) - MAY_DIFFER):
-            if config.get(name) != configs[other].get(name):
-                raise ValueError(f"{other} and {folder} differ in {name}, {configs[other].get(name)} and "
-                                 f"{config.get(name)}: plot them apart")  # fmt: skip
-        run = config["task"], config["method"], config["seed"]
-        if run in seeds:
-            raise ValueError(f"{seeds[run]} and {folder} are both {run[0]}, {run[1]}, seed {run[2]}: leave one out")
-        seeds[run] = folder
 
 
 # ---- 2. Curves -----------------------------------------------------------------------------------
@@ -138,19 +125,22 @@ def interpolate(curves):
 def draw(lines, options):
     """The figure.
 
-    lines  {task: {method: (steps (POINTS,), values (seeds, POINTS))}}
+    lines  {task: {(method, label): (steps (POINTS,), values (seeds, POINTS))}}
     """
     columns = min(len(lines), 3)
     rows = -(-len(lines) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, (task, methods) in zip(axes, lines.items()):
-        for i, method in enumerate(m for m in METHODS if m in methods):
-            (name, colour, style, marker), (steps, values) = METHODS[method], methods[method]
+    for axis, (task, curves) in zip(axes, lines.items()):
+        order = sorted(curves, key=lambda key: (list(STYLES).index(key[0]), key[1]))
+        apart = len({method for method, _ in order}) == len(order)  # else a style a line
+        for i, (method, label) in enumerate(order):
+            _, colour, style, marker = STYLES[method] if apart else list(STYLES.values())[i % len(STYLES)]
+            steps, values = curves[method, label]
             mean, std = values.mean(0), values.std(0)
             axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
-            label = f"{name}, {len(values)} seed{'s' * (len(values) > 1)}"
-            axis.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, label=label,
+            name = ", ".join([STYLES[method][0], *label, f"{len(values)} seed{'s' * (len(values) > 1)}"])
+            axis.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, label=name,
                       marker=marker, markersize=4.5, markevery=(6 * i, 40))  # fmt: skip
         axis.set(title=task.replace("_", " "), xlabel="environment steps", ylabel=f"{options.metric[:-7]} return")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -168,26 +158,23 @@ def main(options):
     """Read all runs, then draw and write. Raises ValueError on bad input, before anything is written."""
     if not 0 <= options.smoothing < 1:
         raise ValueError(f"--smoothing {options.smoothing} is not allowed: give at least 0 and less than 1")
-    configs = {folder: read_config(folder) for folder in options.runs}
-    tasks = {config["task"]: folder for folder, config in configs.items()}
+    configs = read_configs(options.runs)
+    tasks = {config.task: folder for folder, config in configs.items()}
     if len(tasks) > 1 and not options.panels:
         raise ValueError(f"{' and '.join(tasks.values())} are of different tasks, {' and '.join(tasks)}: "
                          "plot them apart, or with --panels")  # fmt: skip
-    check_comparable(configs)
+    labels = check_comparable(configs, options.label)
     curves = defaultdict(lambda: defaultdict(list))
     for folder, config in configs.items():
         steps, values = read_metric(folder, options.metric)
-        curves[config["task"]][config["method"]].append((steps, smooth(values, options.smoothing)))
-    lines = {task: {m: interpolate(c) for m, c in methods.items()} for task, methods in curves.items()}
+        curves[config.task][config.method, labels[folder]].append((steps, smooth(values, options.smoothing)))
+    lines = {task: {key: interpolate(seeds) for key, seeds in of.items()} for task, of in curves.items()}
+    files = tools.output_files(options.output, ".png", ".svg")
     figure = draw(lines, options)
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(options.output + suffix, dpi=150)
+    for file in files:
+        figure.savefig(file, dpi=150)
+    say(f"{', '.join(map(str, files))}: {len(configs)} runs")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    tools.run("plot", main, __doc__, Options)
