@@ -151,7 +151,7 @@ def commands():
     """Every command of the documents and of --help, in bash blocks or in `python ...`, as (document, command)."""
     for path in DOCUMENTS:
         text = path.read_text()
-        lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+        lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
         for line in lines + re.findall(r"`((?:\w+=\S+ )?python [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
             yield path.name, line.partition("  #")[0].strip()
     for line in config.EXAMPLES.splitlines()[1:]:
@@ -173,22 +173,20 @@ def test_commands_are_understood(document, command):
     arguments = words[3:] if words[1] == "-m" else words[2:]
     if module == "pytest" or module + ".py" in COMPONENTS or module.startswith("results/"):
         assert not arguments and (module == "pytest" or (ROOT / f"{module}.py").exists())
-    elif "--help" not in arguments:
-        rest = []
-        if module == "tools.sweep":
-            _, rest = tyro.cli(options(module), args=arguments, return_unknown_args=True)
-        elif module != "train" and dataclasses.is_dataclass(getattr(importlib.import_module(module), "Options", None)):
-            tyro.cli(options(module), args=arguments)
-        else:
-            assert module == "train", f"{document}: {command}"
-            rest = arguments
+    elif module == "tools.sweep":  # the rest goes to train.py
+        _, rest = tyro.cli(options(module), args=arguments, return_unknown_args=True)
         config.command_line(rest, Config())
+    elif module != "train":
+        importlib.import_module(module)
+        assert not arguments or tyro.cli(options(module), args=arguments)
+    elif "--help" not in arguments:
+        config.command_line(arguments, Config())
 
 
 def test_options_that_documents_name_exist():
-    """Those at the beginning of `--option ...`."""
+    """Those at the beginning of `--option ...`; --exclusive is SLURM's."""
     programs = ["train", "evaluate", *(f"tools.{name}" for name in ("toy", "plot", "sweep", "benchmark"))]
-    known = {field.name.replace("_", "-") for program in programs for field in dataclasses.fields(options(program))}
+    known = {"exclusive"} | {field.name.replace("_", "-") for program in programs for field in dataclasses.fields(options(program))}
     for path in DOCUMENTS:
         for option in re.findall(r"`--(?:no-)?([a-z][\w-]*)", path.read_text()):
             assert option in known, f"{path.name}: --{option}"
