@@ -380,7 +380,7 @@ class MSSM(nn.Module):
             inferred = posterior_or_prior(self.posterior(from_s_f_t, h), self.prior(h), observed_t, noise_t)
             state = State(h, inferred[0])
             steps.append((h, *inferred))
-        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore[call-arg]
+        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore[arg-type]
 
 
 # ---- 6. What can be modelled ---------------------------------------------------------------------
