@@ -233,7 +233,7 @@ class Agent:
         behaviour  False: the world model alone.  Dev. D25
         returns    {name: ()} on the device, detached
         """
-        # World model: Eq. (17), or another objective
+        # World model: Eq. (17), or another objective; it takes its step before imagination.  Dev. D26
         filtered = self.model.observe(batch["observation"], batch["present"], batch["action"])
         loss, metrics = self.objective(self.model, filtered, batch)
         metrics |= self.optimise({"model": loss})

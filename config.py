@@ -12,11 +12,10 @@ import re
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
 
 import envs as environments
-from methods import METHODS
+from methods import METHODS, choose_device
 
 # ---- 1. Options and defaults ---------------------------------------------------------------------
 
@@ -25,14 +24,17 @@ from methods import METHODS
 class Run:
     """What to train, and where."""
 
-    task: str = "finger_spin"  # finger_spin, walker_stand, _walk, _run, cup_catch, table_wiping, toy, ... [Table I]
+    # finger_spin, walker_stand, walker_walk, walker_run, cup_catch, table_wiping, toy, toy_two_cameras, toy_xy, or
+    # an id that gymnasium.make takes, like Hopper-v5 or my_package:Reach-v0 [Table I]
+    task: str = "finger_spin"
+    task_kwargs: str = ""  # of gymnasium.make, as JSON: {"render_mode": "rgb_array"} adds a camera [ours]
     method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
     seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
     name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
     resume: str = ""  # folder of a run to go on with; its configuration is used [ours]
     device: str = "auto"  # auto, cpu or cuda [ours]
     precision: str = "auto"  # auto (bfloat16 on a GPU), float32 or bfloat16.  Dev. D14 [code: float16]
-    cuda_graphs: bool = True  # on a GPU, record an update and a decision as one CUDA graph each [ours]
+    fast: bool = True  # what fast.py adds, with the same results; --no-fast: the plain code alone [ours]
     deterministic: bool = False  # only algorithms that give the same bits every time, slower on a GPU [ours]
 
 
@@ -66,12 +68,12 @@ class Model:
 
     d_h: int = 200  # size of the deterministic state h [Appendix B: 200]
     d_c: int = 30  # size of the stochastic state s^c [Appendix B: 30]
-    d_f: int = 1024  # size of the fused code s^f [Appendix B: 1024]
+    d_f: int = 1024  # size of the fused observation s^f [Appendix B: 1024]
     hidden: int = 200  # hidden layers of transition, prior and posterior [code: 200]
     units: int = 400  # hidden layers of reward, actor and critic [code: 400]
     channels: int = 32  # of the first convolution; features are 32 times as many [code: 32]
-    sample_s_f: bool = True  # sample the fused code, not its mean.  Dev. D2 [Eq. (11): True; code: False]
-    prior_if_unobserved: bool = True  # nothing present: the prior, not code 0.  Dev. D3 [Eq. (11): True; code: False]
+    sample_s_f: bool = True  # sample s^f, do not take its mean.  Dev. D2 [Eq. (11): True; code: False]
+    prior_if_unobserved: bool = True  # nothing present: the prior, not s^f 0.  Dev. D3 [Eq. (11): True; code: False]
     expert_power: int = 2  # experts weigh 1/std to this power.  Dev. D1 [Eq. (11): 2; code: 1]
 
 
@@ -79,7 +81,8 @@ class Model:
 class Objective:
     """Eq. (17): what the world model learns from."""
 
-    touch_weight: float = 0.001  # lambda^m of touch; 1 for every other modality.  Dev. D8 [code: 0.001]
+    # lambda^m by sensor, as in touch=0.001 lidar=0.1; 1 for every other.  Dev. D8 [code: touch=0.001]
+    weights: tuple[str, ...] = ("touch=0.001",)
     reward_weight: float = 1.0  # of log p(r | z) [Eq. (17): 1]
     free_nats: float = 3.0  # of the KL.  Dev. D19 [Eq. (17): 0; code: 3]
     fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6 [Eq. (17): 1; code: 0]
@@ -97,6 +100,7 @@ class Learning:
     actor_lr: float = 8e-5  # learning rate of the actor [code: 8e-5]
     critic_lr: float = 8e-5  # learning rate of the critic [code: 8e-5]
     clip: float = 30.0  # global norm of each of the three gradients [code: 30]
+    model_updates: int = 0  # the first updates that train the world model alone.  Dev. D25 [code: 0]
 
 
 @dataclass
@@ -110,6 +114,9 @@ class Behaviour:
     mpc_rate: float = 0.003  # step of latent-guided MPC along the gradient of the return [code: 0.003]
     mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [ours]
     exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
+    act_by: str = "mode"  # of the actor in evaluation: mode or sample.  Dev. D12 [code: sample]
+    # learn where episodes end: on, off, or auto, which is on where an environment can end them.  Dev. D22 [ours]
+    continuation: str = "auto"
 
 
 @dataclass
@@ -123,7 +130,8 @@ examples:
   python train.py --task finger_spin                      the paper's sizes and protocol, for a GPU
   python train.py --task walker_walk --method cvrl --seed 2          another cell of Table I
   python train.py --task cup_catch --backgrounds videos   a folder of videos behind the body
-  python train.py --task toy --touch-weight 1 --name touch-1         another lambda^m, Eq. (17)
+  python train.py --task toy --weights position=0.1 --name position  another lambda^m, Eq. (17)
+  python train.py --task Pendulum-v1 --task-kwargs '{"render_mode": "rgb_array"}'   your own, with a camera
   python train.py --resume runs/finger_spin-mummi-1       go on after a stop
   python train.py --task toy --help                       the defaults of another task
 """
@@ -135,7 +143,7 @@ TOY: dict = dict(
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
     model_lr=3e-3, actor_lr=2e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
 )  # fmt: skip
-# Table Wiping: section VI's length and Appendix B's codes of 256, concatenated 512. Only encoders this
+# Table Wiping: section VI's length and Appendix B's s^f of 256, concatenated 512. Only encoders this
 # narrow have 256 features.  Dev. D16, D18
 WIPING = dict(steps=1_000_000, d_f=256, channels=8)
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
@@ -146,9 +154,15 @@ LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail fo
     **dict.fromkeys("steps capacity log_every eval_every".split(), 10**10),
 }
 POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
-NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 exploration mpc_rate mpc_iterations fused_kl_scale "
-                "touch_weight reward_weight free_nats").split()  # fmt: skip
-MAY_CHANGE = "resume device deterministic cuda_graphs steps log_every eval_every".split()  # when a run is resumed
+NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 model_updates exploration mpc_rate mpc_iterations "
+                "fused_kl_scale reward_weight free_nats").split()  # fmt: skip
+CHOICES = {
+    "method": list(METHODS), "precision": ["auto", "float32", "bfloat16"], "act_by": ["mode", "sample"],
+    "continuation": ["auto", "on", "off"], "expert_power": [1, 2],
+}  # fmt: skip
+MAY_CHANGE = "resume device deterministic fast steps log_every eval_every backgrounds act_by".split()  # on --resume
+# Runs that differ in more than these are not the same experiment.
+MAY_DIFFER = "task method seed name resume device deterministic fast log_every eval_every eval_episodes act_by".split()
 
 
 # ---- 2. The command line --------------------------------------------------------------------------
@@ -188,11 +202,15 @@ def command_line(arguments, default, description=""):
     defaults = {
         name: group(**{f.name: getattr(default, f.name) for f in fields(group)}) for name, group in groups.items()
     }  # fmt: skip
-    pairs = () if default.resume else (tyro.conf.FlagCreatePairsOff,)  # only --no-x, unless a run may have had it
     asked_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    whole = [field.name.replace("_", "-") for field in fields(Config) if field.type is int]
+    arguments = [*arguments]  # --steps 1e5 is a whole number, too
+    for i, (option, value) in enumerate(zip(arguments, arguments[1:])):
+        if option[2:] in whole and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value) and float(value).is_integer():
+            arguments[i + 1] = str(int(float(value)))
     try:
         print(description + "\n" if asked_for_help else "", end="")
-        given = tyro.cli(nested, args=arguments, default=nested(**defaults), description="", config=pairs)
+        given = tyro.cli(nested, args=arguments, default=nested(**defaults), description="")
     finally:
         print(EXAMPLES if asked_for_help else "", end="")
     return Config(**{name: value for group in groups for name, value in vars(getattr(given, group)).items()})
@@ -216,12 +234,16 @@ def make_config(values, source):
     kinds = {field.name: field.type for field in fields(Config)}
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds no configuration")
+    if "touch_weight" in values or "cuda_graphs" in values:
+        raise ValueError(f"{source} is of an older version of this code: use the version that wrote it (git checkout)")
     unknown = [name for name in values if name not in kinds]
     if unknown:
         raise ValueError(f"{source} has {unknown[0]!r}, which this version does not know: use the one that wrote it")
     for name, value in values.items():
         if kinds[name] is float and (type(value) in (int, float) or value in ("inf", "-inf", "nan")):
             values = values | {name: float(value)}
+        elif name == "weights" and isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
+            values = values | {name: tuple(value)}
         elif type(value) is not kinds[name]:
             raise ValueError(f"{source} has {name} {value!r}, which is no {kinds[name].__name__}")
     return Config(**values)
@@ -253,31 +275,74 @@ def check(config):
             refuse(name, "0 to 1")
     if not config.absent_logit < math.inf:
         refuse("absent_logit", "a number or -inf")
-    for name, choices in {
-        "task": list(environments.TASKS), "method": list(METHODS), "device": ["auto", "cpu", "cuda"],
-        "precision": ["auto", "float32", "bfloat16"],
-    }.items():  # fmt: skip
+    for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
-            refuse(name, "one of " + ", ".join(choices))
-    if config.expert_power not in (1, 2):
-        refuse("expert_power", "1 or 2")
+            refuse(name, "one of " + ", ".join(map(str, choices)))
+    if config.continuation == "on" and config.task in environments.TASKS:
+        refuse("continuation", "auto or off: the time alone ends an episode of this task")
     if not re.fullmatch(r"[\w.+-]{0,100}", config.name) or config.name.startswith("."):
         refuse("name", "at most 100 letters, digits, and _ . + -")
     env = environments.make_env(config.task, **sensing(config))  # raises ValueError for what else there is to sense
-    if config.batch_length > env.episode_steps + 1:
-        refuse("batch_length", f"at most {env.episode_steps + 1}, an episode of {config.task}")
-    if config.capacity < env.episode_steps + 1:
-        refuse("capacity", f"at least {env.episode_steps + 1}, an episode of {config.task}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU: leave --device out, or give cpu")
+    sensors, steps = [name for name in env.observation_space if name != "present"], env.episode_steps or 10**9
+    env.close()
+    for pair in set(config.weights) - set(Config.weights):
+        name, _, value = pair.rpartition("=")
+        if name not in sensors or not re.fullmatch(r"\d*\.?\d+([eE]-?\d+)?", value):
+            refuse("weights", f"a sensor and a number, like {sensors[0]}=0.1; sensors are {', '.join(sensors)}")
+    if config.batch_length > steps + 1:
+        refuse("batch_length", f"at most {steps + 1}, an episode of {config.task}")
+    if config.capacity < steps + 1 < 10**9:
+        refuse("capacity", f"at least {steps + 1}, an episode of {config.task}")
+    choose_device(config.device)
     folder = run_folder(config)
     if not config.resume and folder.exists():
         raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}")
 
 
 def sensing(config):
-    """What the environments of training and evaluation share: missing data and backgrounds."""
-    return {name: getattr(config, name) for name in ("missing_rate", "missing_process", "backgrounds")}
+    """What the environments of training and evaluation share. Raises ValueError for --task-kwargs that are no JSON."""
+    try:
+        task_kwargs = json.loads(config.task_kwargs or "{}")
+    except ValueError as error:
+        raise ValueError(f"--task-kwargs {config.task_kwargs} is no JSON object: {error}") from error
+    shared = {name: getattr(config, name) for name in ("missing_rate", "missing_process", "backgrounds")}
+    return shared | ({"task_kwargs": task_kwargs} if task_kwargs else {})
+
+
+def can_terminate(config):
+    """The configuration with `continuation` decided: on or off."""
+    if config.continuation != "auto":
+        return config
+    env = environments.make_env(config.task, **sensing(config))
+    env.close()
+    return replace(config, continuation="on" if env.can_terminate else "off")
+
+
+def check_comparable(configs, label=()):
+    """Raises ValueError where two runs of a task differ in more than method, seed and `label`, or not even in these.
+
+    configs  {folder: Config}
+    label    options that may differ: they are part of a run's name in tables and figures
+    returns  {folder: ("free_nats 1", ...)}, empty without a label
+    """
+    known = {field.name for field in fields(Config)}
+    for name in label:
+        if name not in known:
+            raise ValueError(f"--label {name} is no option of train.py: give one like free_nats")
+    first, seen, labels = {}, {}, {}
+    for folder, config in configs.items():
+        other = first.setdefault(config.task, folder)
+        for name in sorted(known - set(MAY_DIFFER) - set(label)):
+            was, now = getattr(configs[other], name), getattr(config, name)
+            if was != now:
+                raise ValueError(f"{other} and {folder} differ in {name}, {was} and {now}: take them apart, or give "
+                                 f"--label {name}")  # fmt: skip
+        labels[folder] = tuple(f"{name} {getattr(config, name)}" for name in label)
+        run = config.task, config.method, config.seed, *labels[folder]
+        if run in seen:
+            raise ValueError(f"{seen[run]} and {folder} are both {run[0]}, {run[1]}, seed {run[2]}: leave one out")
+        seen[run] = folder
+    return labels
 
 
 def run_folder(config):

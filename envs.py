@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -749,19 +750,26 @@ class Workers(AsyncVectorEnv):
             pipe.close()
 
 
-def die_with_parent():
-    """Kill this process as soon as the one that made it has ended, even by SIGKILL and in the midst of a step.
+def die_with_parent(parent=None):
+    """Kill this process as soon as its parent has ended, even by SIGKILL and in the midst of a step.
+
+    parent  process id; by default that of the process that made this one by multiprocessing
 
     Linux's PR_SET_PDEATHSIG is not used: it follows the *thread* that made this process.
     """
-    parent: Any = multiprocessing.parent_process()
+    parent = parent or multiprocessing.parent_process().pid  # type: ignore[union-attr]
     try:
-        end = os.pidfd_open(parent.pid)  # readable once the process has ended
-    except (AttributeError, OSError):  # not Linux, no file descriptor left, or the parent has ended already
-        end = parent.sentinel
+        end = os.pidfd_open(parent)  # readable once the process has ended
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    except (AttributeError, OSError):  # not Linux, or no file descriptor left
+        end = None
 
     def watch():
-        multiprocessing.connection.wait([end])
+        while end is None and os.getppid() == parent:
+            time.sleep(1)
+        if end is not None:
+            multiprocessing.connection.wait([end])
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

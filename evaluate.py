@@ -13,12 +13,12 @@ and written to `<output>.md`, `.csv` (a line a seed) and `.json` (every episode)
 import csv
 import itertools
 import json
+import os
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from train import fail, make_agent, run_episodes, seeds, to_device  # isort: skip (before torch, whose threads it quiets)
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,16 +26,16 @@ import tyro
 
 import envs as environments
 import wiping
-from config import make_config
-from methods import METHODS
+from checkpoint import fail, load_checkpoint, say
+from config import check_comparable, make_config, sensing
+from envs import seeds
+from fast import restart_with_quiet_threads
+from methods import METHODS, choose_device, make_agent
 from pictures import write_video
-from runs import load_checkpoint
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 TABLE_II = ("Medium", "None")
 PAPER = Path(__file__).parent / "results" / "paper.json"
-MAY_DIFFER = set("task method seed name resume device deterministic cuda_graphs num_envs log_every eval_every "
-                 "eval_episodes".split())
 
 
 @dataclass
@@ -50,13 +50,60 @@ class Options:
     calibration: bool = False  # also say how far the experts agree
     references: bool = True  # also what the random and the scripted policy earn
     seed: int = 1000  # of the episodes, the same for every run
-    output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs ./evaluation
+    output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs runs/evaluation
     randomize: bool = False  # table_wiping with domain randomisation, as in training
     video: bool = False  # write <output>-<rate>.mp4, the first episode: sensors, actions, reward
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or cuda:1
+    label: tuple[str, ...] = ()  # options in which runs differ, told in the table, like free_nats
+    missing_process: str = "exact"  # exact or released, see Dev. D7
+    backgrounds: str = ""  # another path to the backgrounds; by default the run's own
 
 
 # ---- 1. Episodes ---------------------------------------------------------------------------------
+
+
+def to_device(x, device):
+    """NumPy arrays in nested dictionaries as tensors on the device."""
+    if isinstance(x, dict):
+        return {name: to_device(value, device) for name, value in x.items()}
+    return torch.as_tensor(x).to(device)
+
+
+def act(agent, memory, observation, first, explore):
+    """`Agent.act` for a vector environment's observation; the action as a NumPy array (B, A)."""
+    observation = to_device(observation, agent.device)
+    present = observation.pop("present")
+    action, memory = agent.act(memory, observation, present, to_device(first, agent.device), explore=explore)
+    return action.float().cpu().numpy(), memory
+
+
+def run_episodes(agent, envs, episode_seeds, check=lambda: None):
+    """One episode in each environment, from the seed given for it, without exploration or learning.
+
+    check    called at every step: it may raise
+    returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step
+    """
+    with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
+        torch.manual_seed(episode_seeds[0])
+        return follow(agent, envs, episode_seeds, check)
+
+
+def follow(agent, envs, episode_seeds, check):
+    """`run_episodes` with torch's random numbers as they are."""
+    observation, _ = envs.reset(seed=episode_seeds)
+    memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
+    first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
+    seen = []
+    while running.any():
+        check()
+        action, memory = act(agent, memory, observation, first, explore=False)
+        seen.append({**observation, "action": action})
+        observation, reward, terminated, truncated, _ = envs.step(action)
+        seen[-1]["reward"] = reward * running
+        total += reward * running
+        running &= ~(terminated | truncated)
+        first = np.zeros(envs.num_envs, bool)
+    return total, seen
 
 
 def sensor_subsets(options, sensors):
@@ -75,19 +122,19 @@ def evaluate_run(folder, config, agent, steps, options):
 
     steps  environment steps that the agent was trained for
     """
-    space = environments.make_env(config.task).observation_space
-    sensors = [name for name in space if name != "present"]
+    sensors = list(agent.model.modalities)
     rates, records = options.rates or (TABLE_II if config.task == "table_wiping" else tuple(RATES)), []
     episode_seeds = seeds(options.seed, count=options.episodes)
     for kept, rate in itertools.product(sensor_subsets(options, sensors), rates):
-        torch.manual_seed(options.seed)
         returns, seen = np.empty(0), None
         while len(returns) < options.episodes:  # ten at a time: each has a process of its own
             ten = episode_seeds[len(returns) :][:10]
+            shared = sensing(config) | {"missing_rate": RATES[rate], "missing_process": options.missing_process}
+            if options.backgrounds:
+                shared["backgrounds"] = options.backgrounds
             envs = environments.make_vector_env(
-                config.task, len(ten), missing_rate=RATES[rate],
-                backgrounds=config.backgrounds, split="eval", randomize=options.randomize,
-                remove=tuple(set(sensors) - set(kept)),
+                config.task, len(ten), split="eval", randomize=options.randomize,
+                remove=tuple(set(sensors) - set(kept)), **shared,
             )  # fmt: skip
             more, what = run_episodes(agent, envs, ten)
             returns, seen = np.append(returns, more), seen or what
@@ -120,19 +167,18 @@ def calibration(agent, seen, kept):
     stacked = {name: np.stack([step[name] for step in seen]) for name in seen[0]}
     stacked = {name: x[:, : max(1, 2500 // len(seen))] for name, x in stacked.items()}  # about 2,500 steps
     observation = to_device(stacked, agent.device)
-    present = observation.pop("present").movedim(-1, 0).bool()  # (M, T, B)
-    model = agent.model
-    fused = model.fuse(model.encode(observation), present)
-    names = list(model.modalities)
-    every = present[[names.index(name) for name in kept]].all(0)  # (T, B)
+    present, model = observation.pop("present").bool(), agent.model  # (T, B, M)
+    fused = model.fuse(model.encode(observation, present), present)
+    column = {name: m for m, name in enumerate(model.modalities)}
+    every = present[..., [column[name] for name in kept]].all(-1)  # (T, B)
     if not every.any():
         return None
-    precision = fused.expert_std.pow(-model.expert_power).mean(-1) * present  # (M, T, B)
-    share = (precision / precision.sum(0).clamp(min=1e-9))[:, every].mean(1)
-    mean = {name: fused.expert_mean[names.index(name)][every] for name in kept}  # (N, D_f)
+    share = model.expert_shares(fused, present)[every].mean(0)  # (M,)
+    mean = {name: fused.expert_mean[..., column[name], :][every] for name in kept}  # (N, D_f)
+    log_std = fused.expert_std.log().mean(-1)  # (T, B, M)
     return {
-        "log_std": {n: float(fused.expert_std[names.index(n)][present[names.index(n)]].log().mean()) for n in kept},
-        "share": {n: float(share[names.index(n)]) for n in kept},
+        "log_std": {n: float(log_std[..., column[n]][present[..., column[n]]].mean()) for n in kept},
+        "share": {n: float(share[column[n]]) for n in kept},
         "rank": {f"{a} -> {b}": matching_rank(mean[a], mean[b]) for a, b in itertools.permutations(kept, 2)},
         "steps": int(every.sum()),
     }  # fmt: skip
@@ -147,47 +193,28 @@ def matching_rank(mean_a, mean_b):
     return float((distance <= distance.diagonal().unsqueeze(1)).sum(1).median())
 
 
-def reference_returns(task, episodes, seed):
+def reference_returns(task, episodes, seed, task_kwargs=None):
     """Returns of the random and, where there is one, of the scripted policy, episodes each."""
     policies = {"random": lambda env, info, rng: rng.uniform(-1, 1, env.action_space.shape)}
     if task in environments.TOY:
         policies["scripted"] = lambda env, info, rng: environments.scripted_toy_action(info["position"])
     if task == "table_wiping":
         policies["scripted"] = lambda env, info, rng: wiping.scripted_action(info)
-    env, returns = environments.make_env(task, split="eval"), defaultdict(list)
+    env, returns = environments.make_env(task, split="eval", task_kwargs=task_kwargs).env, defaultdict(list)
+    env.wanted = ()  # neither policy looks, so nothing is rendered
     for name, policy in policies.items():
         rng = np.random.default_rng(seed)
         for episode_seed in seeds(seed, count=episodes):
-            env.reset(seed=episode_seed)
-            world, total = env.world, 0.0  # stepped by itself: neither policy looks, so nothing is to be drawn
-            for _ in range(env.episode_steps):
-                total += world.step(policy(env, world.info, rng).astype(np.float32))
-                if world.terminated:
-                    break
-            returns[name].append(total)
+            (_, info), total, over = env.reset(seed=episode_seed), 0.0, False
+            while not over:
+                _, reward, terminated, truncated, info = env.step(policy(env, info, rng).astype(np.float32))
+                total, over = total + reward, terminated or truncated
+            returns[name].append(float(total))
     env.close()
     return dict(returns)
 
 
 # ---- 2. Tables -----------------------------------------------------------------------------------
-
-
-def check_comparable(configs):
-    """Raises ValueError where two runs of a task differ in more than method and seed, or not even in these.
-
-    configs  {folder: Config}
-    """
-    first, seen = {}, {}
-    for folder, config in configs.items():
-        other = first.setdefault(config.task, folder)
-        for name, value in asdict(config).items():
-            expected = getattr(configs[other], name)
-            if name not in MAY_DIFFER and value != expected:
-                raise ValueError(f"{other} and {folder} differ in {name}, {expected} and {value}: evaluate them apart")
-        run = config.task, config.method, config.seed
-        if run in seen:
-            raise ValueError(f"{seen[run]} and {folder} are both {run[0]}, {run[1]}, seed {run[2]}: leave one out")
-        seen[run] = folder
 
 
 def pool(records):
@@ -261,40 +288,57 @@ def calibration_markdown(records):
 
 def output_path(options):
     """Where the tables go, without suffix."""
-    return Path(options.output or (Path(options.runs[0]) / "evaluation" if len(options.runs) == 1 else "evaluation"))
+    own = Path(options.runs[0] if len(options.runs) == 1 else "runs") / "evaluation"
+    return Path(options.output or own)
 
 
 # ---- 3. The command ------------------------------------------------------------------------------
 
 
-def main(options):
-    """Evaluate all runs, print the table and write it. Raises ValueError on bad input."""
+def check(options):
+    """Raises ValueError on bad input, before anything runs."""
+    if not options.runs:
+        raise ValueError("no run was given: give folders like runs/toy-mummi-1")
     if options.episodes < 1:
         raise ValueError(f"--episodes {options.episodes} is not allowed: give at least 1")
-    if not set(options.rates) <= set(RATES):
-        raise ValueError(f"--rates {' '.join(options.rates)}: choose among {', '.join(RATES)}")
+    if not set(options.rates) <= set(RATES) or len(set(options.rates)) < len(options.rates):
+        raise ValueError(f"--rates {' '.join(options.rates)}: choose among {', '.join(RATES)}, each once")
     if options.sensors not in ("", "all"):
         raise ValueError(f"--sensors {options.sensors} is unknown: give all, or leave it out")
+    if options.missing_process not in environments.SCHEDULES:
+        raise ValueError(f"--missing-process {options.missing_process} is unknown: give exact or released")
+    choose_device(options.device)
+    path = output_path(options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: {path.parent} cannot be written: give another")
+
+
+def main(options):
+    """Evaluate all runs, write the table and print it. Raises ValueError on bad input."""
+    check(options)
     checkpoints = {folder: load_checkpoint(folder) for folder in options.runs}
     configs = {folder: make_config(state["config"], folder) for folder, state in checkpoints.items()}
-    check_comparable(configs)
+    labels = check_comparable(configs, options.label)
 
     records = []
     for folder, config in configs.items():
-        env = environments.make_env(config.task)
-        agent = make_agent(replace(config, device=options.device), env.observation_space, env.action_space.shape[0])
-        agent.load_state_dict(checkpoints[folder]["agent"])
-        steps = checkpoints[folder]["steps"]
-        print(f"{folder}: step {steps}", file=sys.stderr)
-        records += evaluate_run(folder, config, agent, steps, options)
-    tasks = dict.fromkeys(config.task for config in configs.values()) if options.references else {}
-    references = {task: reference_returns(task, options.episodes, options.seed) for task in tasks}
+        state = checkpoints[folder]
+        space = {name: SimpleNamespace(shape=tuple(shape)) for name, shape in state["modalities"].items()}
+        agent = make_agent(replace(config, device=options.device), space, state["action_size"])
+        agent.load_state_dict(state["agent"])
+        say(f"{folder}: step {state['steps']}", sys.stderr)
+        parameters = sum(p.numel() for p in agent.model.parameters())
+        for record in evaluate_run(folder, config, agent, state["steps"], options):
+            records.append(record | {"parameters": parameters, "label": ", ".join(labels[folder])})
+    tasks = {config.task: config for config in configs.values()} if options.references else {}
+    references = {
+        task: reference_returns(task, options.episodes, options.seed, sensing(config).get("task_kwargs"))
+        for task, config in tasks.items()
+    }
 
-    cells = pool(records)
-    table = markdown(cells, references) + calibration_markdown(records)
-    print(table, end="")
+    table = markdown(pool(records), references) + calibration_markdown(records)
     path = output_path(options)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(path.name + ".md").write_text(table)
     report = {"options": asdict(options), "records": records, "references": references}
     path.with_name(path.name + ".json").write_text(json.dumps(report, indent=1) + "\n")
@@ -305,9 +349,12 @@ def main(options):
             returns = np.array(r["returns"])
             row = [r["task"], r["method"], r["seed"], r["steps"], r["sensors"], r["missing"]]
             writer.writerow([*row, round(returns.mean(), 2), round(returns.std(), 2), len(returns)])
+    say(table.rstrip("\n"))
+    say(f"{path}.md, .json and .csv written", sys.stderr)
 
 
 if __name__ == "__main__":
+    restart_with_quiet_threads()
     try:
         main(tyro.cli(Options, description=__doc__))
     except (Exception, KeyboardInterrupt) as error:

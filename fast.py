@@ -44,8 +44,6 @@ def restart_with_quiet_threads():
 
 def prepare(device, bfloat16, exact_losses, deterministic):
     """Settings of the whole process. exact_losses: the losses' products read float32 layers, and must not be TF32."""
-    # cuBLAS reads this at its first product; without it no later agent of this process could be deterministic.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device.type == "cpu":
         if platform.libc_ver()[0] == "glibc":  # keep freed activations: their pages need not be faulted in again
             libc = ctypes.CDLL(None)
@@ -151,8 +149,8 @@ class Parameters(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        x, gradient = (torch.cat(side) for side in zip(*ctx.passed[torch._C._current_graph_task_id()]))  # (T * B, D)
-        ctx.passed.clear()
+        steps = ctx.passed.pop(torch._C._current_graph_task_id())
+        x, gradient = (torch.cat(side) for side in zip(*steps))  # (T * B, D)
         return gradient.T @ x, gradient.sum(0), None, None
 
 
@@ -160,7 +158,7 @@ class StepLinear(nn.Linear):
     """nn.Linear for a loop over time: within `loop`, `Steps` computes it."""
 
     def forward(self, x):
-        steps = LOOP.get().get(self)
+        steps = None if torch.compiler.is_compiling() else LOOP.get().get(self)
         return super().forward(x) if steps is None else steps(x)[self]
 
 

@@ -36,7 +36,11 @@ def make_agent(config, observation_space, action_size):
     Raises ValueError where the device is not there.
     """
     device = choose_device(config.device)
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda" and config.fast)
+    if bfloat16 and not config.fast:
+        raise ValueError("--precision bfloat16 needs fast.py: leave --no-fast out, or give --precision float32")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    torch.backends.cudnn.allow_tf32 = False  # `fast.prepare` may allow it
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     if config.fast:  # the losses of MuMMI-b read the fused mean, which is float32
@@ -49,7 +53,7 @@ def make_agent(config, observation_space, action_size):
         fused_prior=fusion == "product" and config.fused_kl_scale > 0,
         **{name: getattr(config, name) for name in MODEL},
     )  # fmt: skip
-    lambdas = {name: float(value) for name, value in (pair.split("=") for pair in config.weights)}
+    lambdas = {name: float(value) for name, value in (pair.rsplit("=", 1) for pair in config.weights)}
     weights = Weights(lambdas, config.reward_weight, config.free_nats, config.fused_kl_scale, config.absent_logit,
                       config.over_present)  # fmt: skip
     options = {name: getattr(config, name) for name in BEHAVIOUR}

@@ -366,7 +366,7 @@ class MSSM(nn.Module):
         returns      Filtered
         Raises ValueError where a modality or `present` has another shape or type.
         """
-        check_observation(observation, present, self.modalities)
+        check_observation(observation, present, action, self.modalities)
         present = present.bool()  # what does not depend on the recurrence is computed for all T at once
         fused = self.fuse(self.encode(observation, present), present)
         # Fig. 11's first layer reads [s^f, h], but only h waits for the recurrence.
@@ -393,12 +393,12 @@ def check_modalities(modalities):
             raise ValueError(f"modality {name!r} has shape {tuple(shape)}: give (64, 64, C) or (D,)")
 
 
-def check_observation(observation, present, modalities):
+def check_observation(observation, present, action, modalities):
     """Raises ValueError where shape or type is not that of `scale`: nothing is taken for something else."""
-    T, B = present.shape[:2]
-    if present.shape[2:] != (len(modalities),) or not set(modalities) <= set(observation):
-        raise ValueError(f"present {tuple(present.shape)} and {', '.join(observation)} were given: give present "
-                         f"(T, B, {len(modalities)}) and {', '.join(modalities)}")  # fmt: skip
+    T, B = action.shape[:2]
+    if present.shape != (T, B, len(modalities)) or not set(modalities) <= set(observation):
+        raise ValueError(f"present {tuple(present.shape)}, action {tuple(action.shape)}, {', '.join(observation)} were "
+                         f"given: give present (T, B, {len(modalities)}) and {', '.join(modalities)}")  # fmt: skip
     for name, shape in modalities.items():
         x, colour = observation[name], len(shape) == 3 and shape[-1] > 1
         if x.shape != (T, B, *shape) or (x.dtype != torch.uint8 if colour else not x.is_floating_point()):

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mssm import MAX_DEPTH, MIN_STD
 from mummi_loss import info_nce, log_density_ratio, log_inner_product, mutual_information
-from runs import write_file
+from checkpoint import write_file
 
 NO_SENSOR = ("present", "action", "reward")
 LABEL = 24  # pixels, height of the line above a panel
@@ -143,7 +143,7 @@ def episode(model, seen):
 
 
 def in_units(x):
-    """What a decoder predicts, back in the units of its sensor: the inverse of `mssm.normalise`."""
+    """What a decoder predicts, back in the units of its sensor: the inverse of `mssm.scale`."""
     if x.ndim == 3 and x.shape[-1] == 3:
         return (255 * (x + 0.5)).clamp(0, 255).byte().cpu().numpy()
     return (MAX_DEPTH * (x + 0.5) if x.ndim == 3 else x).cpu().numpy()
@@ -172,13 +172,13 @@ def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
     for t in range(given, min(given + max(ahead), len(seen))):
         state = model.imagine_step(state, action[t])
         latents.append(model.latent(*state))
-    decoded = model.decode(torch.stack(latents))
+    decoded = model.decode(torch.cat(latents))  # {name: (T, ...)}
     times = [0, given - 1] + [given - 1 + k for k in ahead if given - 1 + k < len(latents)]
     rows = []
     for m, name in enumerate(sensors(seen)):
         kinds = ["model, seen so far" if t < given else f"imagined, {t - given + 1} ahead" for t in times]
         shown = [panel(name, seen[t][name][0], seen[t]["present"][0, m]) for t in times]
-        predicted = [panel(name, in_units(decoded[name][t, 0])) for t in times]
+        predicted = [panel(name, in_units(decoded[name][t])) for t in times]
         rows.append([labelled(x, f"{name}, t = {t}", 2) for x, t in zip(shown, times)])
         rows.append([labelled(x, kind, 2) for x, kind in zip(predicted, kinds)])
     return grid(rows)
@@ -199,12 +199,10 @@ def calibration_picture(model, seen):
     A model that relies on one sensor alone shows one colour below, whatever is present.
     """
     observation, present, _ = episode(model, seen)
-    here = present.movedim(-1, 0).bool()  # (M, T, 1)
-    std = model.fuse(model.encode(observation), here).expert_std[:, :, 0]  # (M, T, D_f)
-    here = here[..., 0].cpu().numpy()
-    log_std = np.where(here, std.log().mean(-1).cpu().numpy(), np.nan)
-    precision = np.where(here, std.pow(-model.expert_power).mean(-1).cpu().numpy(), 0)
-    share = precision / np.maximum(precision.sum(0), 1e-9)
+    present = present.bool()  # (T, 1, M)
+    fused = model.fuse(model.encode(observation, present), present)
+    share = model.expert_shares(fused, present)[:, 0].T.cpu().numpy()  # (M, T)
+    log_std = torch.where(present, fused.expert_std.log().mean(-1), math.nan)[:, 0].T.cpu().numpy()
     figure = Figure(figsize=(9, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     bottom = np.zeros(len(seen))
@@ -225,15 +223,15 @@ def calibration_picture(model, seen):
 def density_ratios(model, filtered, fused_too):
     """{name: log f (T, T)} and {name: present (T,)} of one filtered episode, with the heads that the model has."""
     latent = model.latent(filtered.h, filtered.s_c)[:, 0]
-    fused, present = filtered.fused, filtered.present[..., 0]
+    fused, present = filtered.fused, filtered.present[:, 0]  # (T, M)
     if model.fusion == "concatenate":  # [CVRL]
         log_f = {"all sensors": log_inner_product(model.project_z(latent), model.project_x(fused.s_f[:, 0]))}
-        return log_f, {"all sensors": present.any(0)}
-    means = dict(zip(model.modalities, fused.expert_mean[:, :, 0]))
+        return log_f, {"all sensors": present.any(-1)}
+    means = dict(zip(model.modalities, fused.expert_mean[:, 0].unbind(1)))
     if fused_too:
         means["product of all"] = fused.mean[:, 0]
-    log_f = {name: log_density_ratio(model.code(latent), mean) for name, mean in means.items()}
-    return log_f, dict(zip(log_f, [*present, present.any(0)]))
+    log_f = {name: log_density_ratio(model.g(latent), mean) for name, mean in means.items()}
+    return log_f, dict(zip(log_f, [*present.T, present.any(-1)]))
 
 
 def similarity_picture(model, seen, fused_too, most=100):

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 READERS = 4  # threads
 
@@ -207,6 +208,75 @@ class Replay:
         """Write what the page cache holds to disk."""
         for column in (self.serial, *self.columns.values()):
             os.fsync(column.file.fileno())
+
+
+# ---- Batches, read ahead ---------------------------------------------------------------------------
+
+
+def replay_fields(observation_space, action_size, continues=False):
+    """{key: (shape, dtype)} of what the replay keeps of one step; two bytes a pixel of depth.
+
+    continues  also keep whether the episode goes on
+    """
+    fields = {name: (space.shape, space.dtype) for name, space in observation_space.items()}
+    for name, (shape, dtype) in fields.items():
+        if len(shape) == 3 and dtype == np.float32:
+            fields[name] = (shape, np.float16)
+    fields |= {"action": ((action_size,), np.float32), "reward": ((), np.float32)}
+    return fields | ({"continues": ((), np.float32)} if continues else {})
+
+
+class Batches:
+    """What `Agent.update` reads, drawn from the replay: the next batch while an update runs.
+
+    A thread reads it from disk and, where there is a GPU, sends it there, from pinned memory on a
+    stream of its own. Which sequences it holds is decided by the caller's thread, so that equal
+    seeds give equal batches.
+    """
+
+    def __init__(self, replay, config, rng, device):
+        self.replay, self.rng, self.device = replay, rng, device
+        self.size = config.batch_size, config.batch_length
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.buffers = replay.buffers(*self.size, empty=pinned if self.stream else np.empty)
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def next(self):
+        """One batch: observation {name: (T, B, ...)}, present (T, B, M), action (T, B, A), reward (T, B)."""
+        batch = (self.pending or self.draw()).result()
+        self.pending = self.draw()
+        if self.stream:  # its memory is not to be used again before the update has read it
+            for x in batch.values():
+                x.record_stream(torch.cuda.current_stream())
+        rest = {name: batch.pop(name) for name in ("present", "action", "reward", "continues") if name in batch}
+        return {"observation": batch, **rest}
+
+    def draw(self):
+        return self.thread.submit(self.load, self.replay.choose(*self.size, self.rng))
+
+    def load(self, first):
+        batch = self.replay.read(first, self.buffers)
+        if self.stream is None:
+            return {key: torch.tensor(x) for key, x in batch.items()}
+        with torch.cuda.stream(self.stream):
+            batch = {key: torch.as_tensor(x).to(self.device) for key, x in batch.items()}
+        self.stream.synchronize()
+        return batch
+
+    def wait(self):
+        """Wait until nothing is being read, so that rows may be overwritten."""
+        if self.pending:
+            self.pending.result()
+
+    def drop(self):
+        """Forget the batch drawn ahead: a run that is resumed here does not have it either."""
+        self.wait()
+        self.pending = None
+
+
+def pinned(shape, dtype):
+    """An array that the GPU can read by itself."""
+    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), pin_memory=True).numpy()
 
 
 if __name__ == "__main__":

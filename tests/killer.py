@@ -19,7 +19,7 @@ import av  # noqa: F401  imported once, here, as is what follows
 import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-import runs
+import checkpoint as runs
 import train
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_reliability import TOY
 
 import envs
-import runs
+import checkpoint as runs
 import train
 from config import Config
 from methods import METHODS

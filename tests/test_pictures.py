@@ -142,7 +142,7 @@ def test_the_ratios_are_those_of_the_objective(seen):
 def test_tensorboard_gets_the_pictures_and_the_video(seen, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from runs import Log
+    from checkpoint import Log
 
     log = Log(tmp_path, total=10)
     log.write(4, {"eval_return": 1.0})

@@ -24,7 +24,7 @@ from conftest import random_batch, tiny_agent
 from test_train import flat, lines
 
 import envs
-import runs
+import checkpoint as runs
 import train
 from agent import Agent
 from config import load_config

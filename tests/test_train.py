@@ -12,7 +12,7 @@ import torch
 
 import envs
 import evaluate
-import runs
+import checkpoint as runs
 import train
 from config import TASK_DEFAULTS, Config
 from mssm import MSSM

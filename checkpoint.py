@@ -1,12 +1,12 @@
 """The folder of a run: configuration, metrics, checkpoints; and what may cut a run short.
 
-Whatever is written is whole: a file appears under its name only once it is on disk. A run that is killed
-at any moment goes on from its last checkpoint.
+Every file is whole: it appears under its name only once it is on disk. A run that is killed at any moment goes on
+from its last checkpoint. A message that cannot be printed is lost, and nothing else.
 
     create_folder(folder, config)
-    with closing(Log(folder)) as log, StopSignals() as stop:  # metrics.jsonl and TensorBoard
+    with closing(Log(folder, total)) as log, StopSignals(folder) as stop:  # metrics.jsonl and TensorBoard
         progress = restore(folder, agent, replay, rng, log)
-        stop.check()                                          # raises Stopped after SIGTERM or Ctrl-C
+        stop.check()                                  # raises Stopped after SIGTERM, Ctrl-C or a hang-up
         save_checkpoint(folder, agent, replay, rng, log, config, progress)
 """
 
@@ -20,8 +20,10 @@ import signal
 import struct
 import sys
 import threading
+import time
 import zipfile
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,27 +42,50 @@ class Progress:
     evaluated: int = 0  # environment steps at the last evaluation
 
 
-# ---- 1. Faults -----------------------------------------------------------------------------------
+# ---- 1. Messages and faults ----------------------------------------------------------------------
+
+
+def say(text, file=None):
+    """Print a line, above the progress bar if there is one. Never raises: a closed or ASCII output costs no work."""
+    file = file or sys.stdout
+    try:
+        encoding = file.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=file)
+        file.flush()
+    except (OSError, ValueError, AttributeError):  # nobody reads it, or it is closed
+        mute(file)
+
+
+def mute(file):
+    """Send what is still to be written to a file that nobody reads to nowhere, so that Python's exit does not fail."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class Fault(Exception):
-    """Something that is no bug ended the run; one line says what."""
+    """An expected failure, reported in one line."""
 
 
 class Stopped(Fault):
     """A signal asked the run to end."""
 
-    def __init__(self, number):
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
+    def __init__(self, number, folder=""):
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume {folder}".rstrip())
         self.number = number
 
 
 class StopSignals:
-    """Within it SIGTERM and Ctrl-C wait for the next `check`, which raises Stopped; a second Ctrl-C does not wait."""
+    """Inside it SIGTERM, SIGHUP and Ctrl-C make the next `check` raise Stopped; a second Ctrl-C ends at once.
+
+    folder  of the run, for the message
+    """
+
+    def __init__(self, folder=""):
+        self.folder, self.received = folder, None
 
     def __enter__(self):
-        self.received = None
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}  # nohup ignores SIGHUP
         return self
 
     def __exit__(self, *_):
@@ -71,15 +96,16 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        os.write(2, b"\nstopping: the update in hand, then a checkpoint\n")  # print is not safe in a handler
+        with suppress(OSError):  # print is not safe in a handler
+            os.write(2, b"\nstopping: this update, then a checkpoint\n")
 
     def check(self):
         if self.received:
-            raise Stopped(self.received)
+            raise Stopped(self.received, self.folder)
 
 
 def explain(error):
-    """One line and an exit code for what is no bug; None for anything else."""
+    """One line and an exit code for an expected failure; None for a bug."""
     line = " ".join(str(error).split())
     if isinstance(error, Stopped):
         return line, 128 + error.number
@@ -91,20 +117,20 @@ def explain(error):
         return f"out of memory: lower --batch-size, --batch-length or --num-envs, or the sizes of the model ({line})", 1
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or line}; the last checkpoint is untouched: go on with --resume", 1
+        return f"{where}{error.strerror or line}; what was saved before is untouched", 1
     if isinstance(error, RuntimeError) and "loading state_dict" in line:
-        return f"the checkpoint does not fit its configuration: {line}", 2
+        return f"the checkpoint does not fit its configuration, or is of an older version: {line[:200]}", 2
     if isinstance(error, torch.AcceleratorError) or "CUDA error" in line:
-        return f"the GPU failed; the last checkpoint is untouched: go on with --resume ({line[:200]})", 1
+        return f"the GPU failed; what was saved before is untouched ({line[:200]})", 1
     return (line, 2) if isinstance(error, ValueError) else None
 
 
 def fail(program, error):
-    """One line on stderr and an exit code for what is no bug; a bug is raised again, with its traceback."""
+    """One line on stderr and an exit code for an expected failure; a bug is raised again, with its traceback."""
     known = explain(error)
     if known is None:
         raise error
-    print(f"{program}: {known[0]}", file=sys.stderr)
+    say(f"{program}: {known[0]}", sys.stderr)
     sys.exit(known[1])
 
 
@@ -141,6 +167,17 @@ def write_config(folder, config):
     write_file(folder / "config.json", (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
+def lock(file):
+    """Lock an open file, if its file system has locks. Raises ValueError while another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        folder = Path(file.name).parent
+        raise ValueError(f"{folder} is in use by another process: wait until it ends, or stop it") from error
+    except OSError:
+        pass
+
+
 def create_folder(folder, config):
     """A new run's folder, which appears with its configuration in it. Raises ValueError if there is one."""
     fresh = folder.with_name(folder.name + ".tmp")
@@ -161,7 +198,10 @@ def quiet(arguments):
         threading.__excepthook__(arguments)
 
 
-SHOWN = ("train_return", "model_loss", "actor_loss", "critic_loss")  # by the progress bar
+GROUPS = {  # of TensorBoard's scalars, by what their names begin with
+    "return": ("train_return", "eval_"), "behaviour": ("actor", "critic", "imagined", "saturated", "action"),
+    "sensors": ("information", "reconstruction"), "speed": ("updates", "steps_per_second"), "model": ("",),
+}  # fmt: skip
 
 
 class Log:
@@ -174,16 +214,14 @@ class Log:
         self.folder, self.board, self.purge_step = folder, None, None
         self.file = open(folder / "metrics.jsonl", "ab", buffering=0)
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock(self.file)
+        except ValueError:
             self.file.close()
-            raise ValueError(f"{folder} is in use by another process: wait until it ends, or stop it") from error
-        except OSError:
-            pass  # a file system without locks
+            raise
         self.pending = defaultdict(list)
         self.batch = None  # the last one
-        self.latest = {}  # the last value of what the bar shows
-        self.bar = tqdm(total=total, unit="step", smoothing=0.05)
+        self.learnt = None  # (time, steps) of the first learnt step
+        self.bar = tqdm(total=total, unit="step", smoothing=0.05, ncols=80, file=sys.stderr or open(os.devnull, "w"))
 
     def add(self, metrics, batch):
         """Keep {name: ()} for the next `means`, without waiting for the GPU."""
@@ -195,6 +233,8 @@ class Log:
         """{name: float}, the means of all that was added since the last call."""
         means = self.finite()
         self.pending.clear()
+        if "reward_variance" in means:  # of all updates together: a batch without rewards has no variance of its own
+            means["reward_error"] = means["reward_square_error"] / max(means["reward_variance"], 1e-12)
         return means
 
     def finite(self):
@@ -231,9 +271,11 @@ class Log:
 
             threading.excepthook = quiet
             self.board = SummaryWriter(self.folder, purge_step=self.purge_step)
-        self.latest |= {name: strict[name] for name in SHOWN if name in strict}
+        if "train_return" in values:
+            self.show(steps, f"return {values['train_return']:.4g}")
         for name, value in values.items():
-            self.board.add_scalar(name, value, steps)
+            group = next(group for group, starts in GROUPS.items() if name.startswith(starts))
+            self.board.add_scalar(f"{group}/{name}", value, steps)
 
     def show_pictures(self, steps, pictures, video):
         """In TensorBoard: {name: (height, width, 3) uint8}, and a GIF's bytes, which it plays."""
@@ -245,10 +287,26 @@ class Log:
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video)
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="video", image=image)]), steps)
 
-    def show(self, steps):
-        """Move the bar."""
-        self.bar.set_postfix(self.latest, refresh=False)
-        self.bar.update(steps - self.bar.n)
+    def show(self, steps, text=None):
+        """Move the bar; its rate counts from the first learnt step."""
+        try:
+            if text is not None:
+                self.bar.set_postfix_str(text, refresh=steps == self.bar.n)
+            self.bar.update(steps - self.bar.n)
+        except (OSError, ValueError):  # nobody reads it
+            self.bar.disable = True
+            mute(sys.stderr)
+
+    def learning(self, steps):
+        """Say that learning begins at this step. Call it at every update."""
+        if self.learnt is None:
+            self.learnt = time.monotonic(), steps
+            self.bar.initial, self.bar.start_t = self.bar.n, self.bar._time()
+
+    def steps_per_second(self, steps):
+        """Environment steps a second since the first learnt step."""
+        began, first = self.learnt or (time.monotonic(), steps)
+        return (steps - first) / max(time.monotonic() - began, 1e-9)
 
     def state_dict(self):
         """Where the file ends, and what waits for the next line."""
@@ -265,7 +323,8 @@ class Log:
         self.bar.n = self.bar.initial = max(steps, 0)
 
     def close(self):
-        self.bar.close()
+        with suppress(OSError, ValueError):
+            self.bar.close()
         self.file.close()
         if self.board is not None:
             self.board.close()
@@ -278,6 +337,7 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
     """Everything that `--resume` and `evaluate.py` need; the checkpoint before it is kept as well."""
     state = {
         "config": asdict(replace(config, resume="")), **asdict(progress), "agent": agent.state_dict(),
+        "modalities": agent.model.modalities, "action_size": agent.action_size,
         "replay": replay.state_dict(), "log": log.state_dict(), "rng": rng.bit_generator.state,
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
@@ -301,7 +361,7 @@ def restore(folder, agent, replay, rng, log):
     agent.load_state_dict(state["agent"])
     lost = replay.load_state_dict(state["replay"])
     if lost:
-        print(f"{lost} episodes of {path} are gone: going on without them", file=sys.stderr)
+        say(f"{lost} episodes of {path} are gone: going on without them", sys.stderr)
     if "log" in state:
         log.load_state_dict(state["log"], state["steps"], agent.device)
     rng.bit_generator.state = state["rng"]
@@ -327,7 +387,7 @@ def newest_checkpoint(folder):
                 damaged.append(str(error))
                 continue
             for line in damaged:
-                print(f"{line}: taking {path}", file=sys.stderr)
+                say(f"{line}: taking {path}", sys.stderr)
             return path, state
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}: put back a copy of a checkpoint, or start a new run")
@@ -344,18 +404,20 @@ def read_checkpoint(path):
             damaged = file.testzip()
         if damaged is None:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if {"config", "steps", "updates", "agent", "replay"} <= set(state):
+            if {"config", "steps", "updates", "agent", "modalities"} <= set(state):
                 return state
-        reason = f"checksum of {damaged}" if damaged else "not a checkpoint of this program"
+        reason = f"checksum of {damaged}" if damaged else "not a checkpoint of this version"
     except pickle.UnpicklingError:
         reason = "holds more than tensors and numbers, and is not opened"
     except Exception as error:  # a damaged file raises whatever it likes
         reason = " ".join(str(error).split())[:100]
-    raise ValueError(f"{path} is damaged ({reason})")
+    raise ValueError(f"{path} is damaged or of another version ({reason})")
 
 
 def load_checkpoint(folder):
-    """The last intact checkpoint of a run. Raises ValueError if there is none."""
+    """The last intact checkpoint of a run's folder, or a file of one. Raises ValueError if there is none."""
+    if Path(folder).is_file():
+        return read_checkpoint(Path(folder))
     path, state = newest_checkpoint(folder)
     if path is None:
         raise ValueError(f"{Path(folder) / 'checkpoint.pt'} is missing: give the folder of a run that has reached its "
