@@ -11,7 +11,7 @@ import ctypes
 import os
 import platform
 import sys
-import timeit
+import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -71,10 +71,17 @@ def faster_exact_product(size=512):
     for setting in ("highest", "medium"):
         torch.set_float32_matmul_precision(setting)
         error = float((a @ b - exact).norm() / exact.norm())
-        results[setting] = error, min(timeit.repeat(lambda: a @ b, number=1, repeat=15))
+        results[setting] = error, min(seconds(lambda: a @ b) for _ in range(15))
     torch.set_float32_matmul_precision(before)
     (_, mkl), (error, one_dnn) = results["highest"], results["medium"]
     return "medium" if error < 1e-5 and one_dnn < 0.95 * mkl else "highest"
+
+
+def seconds(function):
+    """Time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 # ---- 2. The weight gradient of a layer in a loop: one product for all steps -----------------------
@@ -131,7 +138,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("a FastMSSM has no second derivatives: use an MSSM, or --no-fast")
+            raise RuntimeError("a FastMSSM has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
         x, weight = ctx.saved_tensors
         steps = ctx.passed.setdefault(torch._C._current_graph_task_id(), [])  # this backward pass's own
         steps.append((x.detach(), gradient))  # with its graph, x would keep this node, and itself, alive
@@ -280,10 +287,10 @@ class FastAgent(Agent):
         # Autocast begins inside: the way back through a compiled function takes its types from what is around it,
         # and the products of the losses are to stay in float32 there, too.
         self.objective = self.autocast()(objective)
-        self.accelerated = self.device.type == "cuda"
-        if self.accelerated:
+        self.cuda = self.device.type == "cuda"
+        if self.cuda:
             self.objective = torch.compile(self.objective, dynamic=False)
-        self.graphs = {"update": CudaGraph(), "act": CudaGraph()} if self.accelerated and cuda_graphs else {}
+        self.graphs = {"update": CudaGraph(), "act": CudaGraph()} if self.cuda and cuda_graphs else {}
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
@@ -315,20 +322,20 @@ class FastAgent(Agent):
 
     def run(self, name, method, *inputs, **options):
         """The method, as a CUDA graph if there is one; plainly from the first time on that this fails."""
-        if not self.accelerated:
+        if not self.cuda:
             return method(*inputs, **options)
         try:
             return self.graphs[name](method, *inputs, **options) if self.graphs else method(*inputs, **options)
         except ValueError:  # what was given is wrong
             raise
         except Exception as error:
-            self.accelerated, self.graphs = False, {}
+            self.cuda, self.graphs = False, {}
             torch.compiler.set_stance("force_eager")
             for generator in torch.cuda.default_generators:  # a capture that broke off may hold them
                 generator.graphsafe_set_state(generator.clone_state())
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            warnings.warn(f"{name} cannot be compiled or captured on this GPU and goes on plainly, slower: {cause}",
-                          stacklevel=2)  # fmt: skip
+            warnings.warn(f"{name} could not be compiled or captured on this GPU, and runs without: slower, with the "
+                          f"same results ({cause})", stacklevel=2)  # fmt: skip
             return method(*inputs, **options)
 
     def load_state_dict(self, state):

@@ -296,9 +296,10 @@ class MSSM(nn.Module):
         return self.continuation_net(latent).squeeze(-1).float()
 
     def decode(self, latent):
-        """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, as `scale` scales. (N, D_z) -> {name: (N, ...)}"""
-        means = {name: decoder(latent).float() for name, decoder in zip(self.modalities, self.decoders)}
-        return {k: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for k, x in means.items()}
+        """Eq. (7): {name: mean of p(x^m | s^c, h)}, unit variance, as `scale` scales. (..., D_z) -> {name: (..., *)}"""
+        means = {name: decoder(latent.flatten(0, -2)) for name, decoder in zip(self.modalities, self.decoders)}
+        means = {k: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for k, x in means.items()}
+        return {k: x.unflatten(0, latent.shape[:-1]).float() for k, x in means.items()}
 
     # -- inference network --
 
@@ -311,11 +312,11 @@ class MSSM(nn.Module):
         return State(*(torch.zeros(batch_size, size, device=device) for size in (self.d_h, self.d_c)))
 
     def scale(self, observation, present):
-        """What encoders read and decoders predict, see `scale`. {name: (T, B, ...)}, (T, B, M) -> {name: (N, ...)}"""
-        present = present.flatten(0, 1)
+        """What encoders read and decoders predict, see `scale`. Each (T, B, ...); present (T, B, M)"""
+        TB, present = present.shape[:2], present.flatten(0, 1)
         scales = [(getattr(self, f"mean_{m}"), getattr(self, f"std_{m}")) for m in range(len(self.modalities))]
         return {
-            name: scale(observation[name].flatten(0, 1), present[:, m], *scales[m])
+            name: scale(observation[name].flatten(0, 1), present[:, m], *scales[m]).unflatten(0, TB)
             for m, name in enumerate(self.modalities)
         }
 
@@ -323,8 +324,8 @@ class MSSM(nn.Module):
         """Features of every modality. {name: (T, B, ...)}, (T, B, M) -> M of (T, B, D_x)"""
         features = []
         for x, encoder in zip(self.scale(observation, present).values(), self.encoders):
-            if x.ndim == 4:  # (N, 64, 64, C) seen as (N, C, 64, 64): no copy, channels stay last
-                x = x.permute(0, 3, 1, 2)
+            x = x.flatten(0, 1)  # images (N, 64, 64, C) are seen as (N, C, 64, 64): no copy, channels stay last
+            x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
             features.append(encoder(x).unflatten(0, present.shape[:2]))
         return features
 

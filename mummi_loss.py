@@ -215,11 +215,11 @@ def cvrl(model, filtered, batch, weights=Weights()):
 def elbo(model, filtered, batch, weights=Weights()):
     """Eq. (10): every modality that is present is reconstructed."""
     latent, log_reward, kl, metrics = shared_terms(model, filtered, batch, weights)
-    decoded = model.decode(latent)  # {name: (N, ...)}
+    decoded = model.decode(latent.unflatten(0, filtered.h.shape[:2]))
     present = dict(zip(model.modalities, filtered.present.flatten(0, 1).unbind(1)))
     log_likelihoods = {}
     for name, x in model.scale(batch["observation"], filtered.present).items():
-        log_likelihoods[name] = gaussian_log_prob(x, decoded[name], event_dims=x.ndim - 1)
+        log_likelihoods[name] = gaussian_log_prob(x, decoded[name], event_dims=x.ndim - 2).flatten()
         metrics[f"reconstruction_{name}"] = mean_over(log_likelihoods[name], present[name])
     loss = elbo_loss(log_likelihoods, present, log_reward, kl, weights.free_nats)
     return loss + fused_kl(model, filtered, weights), metrics

@@ -302,7 +302,7 @@ def test_rows_are_overwritten_only_after_they_were_read(tmp_path):
     memory = small_replay(tmp_path, rows=50)
     batches = replay.Batches(memory, tiny_config(batch_size=30, batch_length=7), np.random.default_rng(0), torch.device("cpu"))
     batches.next()
-    batches.settle()
+    batches.wait()
     memory.add({key: np.zeros((50, *c.shape), c.dtype) for key, c in memory.columns.items()})
     assert (batches.next()["reward"].diff(dim=0) == 1).all() and (batches.next()["reward"] == 0).all()
 

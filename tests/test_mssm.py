@@ -577,7 +577,6 @@ def test_nothing_is_taken_for_something_else(fusion, change, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="observe takes the number of steps from the actions and does not compare it")
 @pytest.mark.parametrize("shape", [(T - 1, B, A), (T + 1, B, A), (T, B + 1, A), (B, T, A)], ids=str)
 def test_actions_of_other_steps_or_sequences_are_refused(shape):
     """One short would leave out the last observation without a word."""

@@ -132,7 +132,7 @@ def test_the_ratios_are_those_of_the_objective(seen):
     with torch.no_grad():
         filtered = model.observe(*pictures.episode(model, seen))
         log_f, present = pictures.density_ratios(model, filtered, fused_too=True)
-        code = model.code(model.latent(filtered.h, filtered.s_c))[:, 0]
+        code = model.g(model.latent(filtered.h, filtered.s_c))[:, 0]
     assert list(log_f) == [*MODALITIES, "product of all"]
     expected = -(code[3] - filtered.fused.expert_mean[1, 7, 0]).square().sum()
     torch.testing.assert_close(log_f["depth"][3, 7], expected, rtol=1e-4, atol=1e-4)

@@ -72,7 +72,7 @@ BY_HAND = {  # take or return states and dictionaries: the last tests
     "scale", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.scale", "MSSM.encode", "MSSM.fuse", "MSSM.expert_shares",
     "MSSM.observe", "Steps.__call__", "contrastive_loss",
     "Agent.update", "Agent.act", "Agent.forget", "Agent.plan", "Column.read", "Column.write", "Replay.add",
-    "Replay.record", "Replay.sample", "Replay.choose", "Replay.buffers", "Replay.read", "shared_terms",
+    "Replay.record", "Replay.sample", "Replay.choose", "Replay.buffers", "Replay.read", "Batches.next", "shared_terms",
 }  # fmt: skip
 
 

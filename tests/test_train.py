@@ -104,7 +104,7 @@ def test_another_seed_gives_another_run(folder):
 
 
 def test_evaluation_has_episodes_of_its_own():
-    evaluated, trained = (set(train.seeds(*numbers, count=10)) for numbers in [(1,), (1, 0)])  # those of step 0
+    evaluated, trained = (set(envs.seeds(*numbers, count=10)) for numbers in [(1,), (1, 0)])  # those of step 0
     assert len(evaluated) == len(trained) == 10 and not evaluated & trained
 
 
