@@ -200,7 +200,7 @@ def quiet(arguments):
 
 GROUPS = {  # of TensorBoard's scalars, by what their names begin with
     "return": ("train_return", "eval_"), "behaviour": ("actor", "critic", "imagined", "saturated", "action"),
-    "sensors": ("information", "reconstruction"), "speed": ("updates", "steps_per_second"), "model": ("",),
+    "sensors": ("information", "reconstruction"), "speed": ("updates",), "model": ("",),
 }  # fmt: skip
 
 
@@ -273,6 +273,8 @@ class Log:
             self.board = SummaryWriter(self.folder, purge_step=self.purge_step)
         if "train_return" in values:
             self.show(steps, f"return {values['train_return']:.4g}")
+        if self.learnt:
+            self.board.add_scalar("speed/steps_per_second", self.steps_per_second(steps), steps)
         for name, value in values.items():
             group = next(group for group, starts in GROUPS.items() if name.startswith(starts))
             self.board.add_scalar(f"{group}/{name}", value, steps)

@@ -308,10 +308,6 @@ def check(options):
     if options.missing_process not in environments.SCHEDULES:
         raise ValueError(f"--missing-process {options.missing_process} is unknown: give exact or released")
     choose_device(options.device)
-    path = output_path(options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: {path.parent} cannot be written: give another")
 
 
 def main(options):
@@ -319,7 +315,10 @@ def main(options):
     check(options)
     checkpoints = {folder: load_checkpoint(folder) for folder in options.runs}
     configs = {folder: make_config(state["config"], folder) for folder, state in checkpoints.items()}
-    labels = check_comparable(configs, options.label)
+    labels, path = check_comparable(configs, options.label), output_path(options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: {path.parent} cannot be written: give another")
 
     records = []
     for folder, config in configs.items():
@@ -338,7 +337,6 @@ def main(options):
     }
 
     table = markdown(pool(records), references) + calibration_markdown(records)
-    path = output_path(options)
     path.with_name(path.name + ".md").write_text(table)
     report = {"options": asdict(options), "records": records, "references": references}
     path.with_name(path.name + ".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -73,8 +73,7 @@ def learn(agent, batches, config, log, progress, check):
             text = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.0f} minutes"
             say(f"no GPU: all updates will take about {text} on this CPU")
         if progress.updates % config.log_every == 0:
-            speed = log.steps_per_second(progress.steps)
-            log.write(progress.steps, {"updates": progress.updates, "steps_per_second": speed, **log.means()})
+            log.write(progress.steps, {"updates": progress.updates, **log.means()})
         check()
 
 

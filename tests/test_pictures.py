@@ -80,9 +80,9 @@ def test_the_video_and_the_gif_have_the_frames(seen, tmp_path):
 
 def test_in_units_is_the_inverse_of_normalise():
     rgb = torch.randint(0, 256, (1, 1, 64, 64, 3), dtype=torch.uint8)
-    assert np.abs(pictures.in_units(mssm.normalise(rgb)[0, 0]).astype(int) - rgb[0, 0].numpy()).max() <= 1
+    assert np.abs(pictures.in_units(mssm.scale(rgb, torch.ones(1, 1).bool(), 0, 1)[0, 0]).astype(int) - rgb[0, 0].numpy()).max() <= 1
     depth = 10 * torch.rand(1, 1, 64, 64, 1)
-    np.testing.assert_allclose(pictures.in_units(mssm.normalise(depth)[0, 0]), depth[0, 0], atol=1e-5)
+    np.testing.assert_allclose(pictures.in_units(mssm.scale(depth, torch.ones(1, 1).bool(), 0, 1)[0, 0]), depth[0, 0], atol=1e-5)
     touch = torch.rand(2)
     np.testing.assert_allclose(pictures.in_units(touch), touch)
 
@@ -134,7 +134,7 @@ def test_the_ratios_are_those_of_the_objective(seen):
         log_f, present = pictures.density_ratios(model, filtered, fused_too=True)
         code = model.g(model.latent(filtered.h, filtered.s_c))[:, 0]
     assert list(log_f) == [*MODALITIES, "product of all"]
-    expected = -(code[3] - filtered.fused.expert_mean[1, 7, 0]).square().sum()
+    expected = -(code[3] - filtered.fused.expert_mean[7, 0, 1]).square().sum()
     torch.testing.assert_close(log_f["depth"][3, 7], expected, rtol=1e-4, atol=1e-4)
     assert present["touch"].sum() == 0 and present["product of all"].all()
 
