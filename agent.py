@@ -171,10 +171,9 @@ def actor_loss(returns, weight):
 def critic_loss(value, returns, weight):
     """Eq. (18): min over psi of E[sum of 1/2 || v(z) - V_lambda(z) ||^2], as a mean.
 
-    value    (H - 1, N)
-    returns  (H - 1, N)  targets: no gradient flows into them
-    weight   (H - 1, N)
-    returns  ()
+    value, weight  (H - 1, N)
+    returns        (H - 1, N)  targets: no gradient flows into them
+    returns        ()
     """
     return (weight * 0.5 * (value - returns.detach()).square()).mean()
 
@@ -213,11 +212,8 @@ class Agent:
         latent_size = model.latent(*model.initial_state(1, self.device)).shape[-1]
         self.actor = Actor(latent_size, action_size, units, initial_std).to(self.device)
         self.critic = Critic(latent_size, units).to(self.device)
-        self.optimisers = {
-            "model": self.adam(self.model, model_lr),
-            "actor": self.adam(self.actor, actor_lr),
-            "critic": self.adam(self.critic, critic_lr),
-        }
+        rates = {"model": model_lr, "actor": actor_lr, "critic": critic_lr}
+        self.optimisers = {name: self.adam(getattr(self, name), rate) for name, rate in rates.items()}
 
     def adam(self, module, learning_rate):
         """Adam with Keras' epsilon, [code]."""
@@ -351,7 +347,7 @@ class Agent:
     def state_dict(self):
         """Parameters and optimisers, as tensors and numbers only."""
         return {
-            "model": self.model.state_dict(), "actor": self.actor.state_dict(), "critic": self.critic.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in self.optimisers},
             **{f"{name}_optimiser": optimiser.state_dict() for name, optimiser in self.optimisers.items()},
         }  # fmt: skip
 

@@ -24,9 +24,7 @@ from methods import METHODS, choose_device
 class Run:
     """What to train, and where."""
 
-    # finger_spin, walker_stand, walker_walk, walker_run, cup_catch, table_wiping, toy, toy_two_cameras, toy_xy, or
-    # an id that gymnasium.make takes, like Hopper-v5 or my_package:Reach-v0 [Table I]
-    task: str = "finger_spin"
+    task: str = "finger_spin"  # one of the tasks below, or what gymnasium.make takes, like Hopper-v5 [Table I]
     task_kwargs: str = ""  # of gymnasium.make, as JSON: {"render_mode": "rgb_array"} adds a camera [ours]
     method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
     seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
@@ -81,8 +79,7 @@ class Model:
 class Objective:
     """Eq. (17): what the world model learns from."""
 
-    # lambda^m by sensor, as in touch=0.001 lidar=0.1; 1 for every other.  Dev. D8 [code: touch=0.001]
-    weights: tuple[str, ...] = ("touch=0.001",)
+    weights: tuple[str, ...] = ("touch=0.001",)  # lambda^m by sensor; 1 for all others.  Dev. D8 [code: touch=0.001]
     reward_weight: float = 1.0  # of log p(r | z) [Eq. (17): 1]
     free_nats: float = 3.0  # of the KL.  Dev. D19 [Eq. (17): 0; code: 3]
     fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6 [Eq. (17): 1; code: 0]
@@ -115,8 +112,7 @@ class Behaviour:
     mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [ours]
     exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
     act_by: str = "mode"  # of the actor in evaluation: mode or sample.  Dev. D12 [code: sample]
-    # learn where episodes end: on, off, or auto, which is on where an environment can end them.  Dev. D22 [ours]
-    continuation: str = "auto"
+    continuation: str = "auto"  # learn where episodes end: on, off, or auto, on where they can.  Dev. D22 [ours]
 
 
 @dataclass
@@ -125,13 +121,15 @@ class Config(Behaviour, Learning, Objective, Model, Protocol, Environment, Run):
 
 
 EXAMPLES = """\
+tasks: finger_spin, walker_stand, walker_walk, walker_run, cup_catch, table_wiping, toy,
+  toy_two_cameras, toy_xy; or my_package:Reach-v0, whatever gymnasium.make takes
 examples:
   python train.py --task toy                              a first run: some eight minutes on a CPU
   python train.py --task finger_spin                      the paper's sizes and protocol, for a GPU
   python train.py --task walker_walk --method cvrl --seed 2          another cell of Table I
   python train.py --task cup_catch --backgrounds videos   a folder of videos behind the body
   python train.py --task toy --weights position=0.1 --name position  another lambda^m, Eq. (17)
-  python train.py --task Pendulum-v1 --task-kwargs '{"render_mode": "rgb_array"}'   your own, with a camera
+  python train.py --task Hopper-v5 --task-kwargs '{"render_mode": "rgb_array"}'    with a camera
   python train.py --resume runs/finger_spin-mummi-1       go on after a stop
   python train.py --task toy --help                       the defaults of another task
 """
@@ -156,7 +154,7 @@ LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail fo
 POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
 NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 model_updates exploration mpc_rate mpc_iterations "
                 "fused_kl_scale reward_weight free_nats").split()  # fmt: skip
-CHOICES = {
+CHOICES: dict[str, list] = {
     "method": list(METHODS), "precision": ["auto", "float32", "bfloat16"], "act_by": ["mode", "sample"],
     "continuation": ["auto", "on", "off"], "expert_power": [1, 2],
 }  # fmt: skip
@@ -325,7 +323,7 @@ def check_comparable(configs, label=()):
     label    options that may differ: they are part of a run's name in tables and figures
     returns  {folder: ("free_nats 1", ...)}, empty without a label
     """
-    known = {field.name for field in fields(Config)}
+    known, label = {field.name for field in fields(Config)}, [name.replace("-", "_") for name in label]
     for name in label:
         if name not in known:
             raise ValueError(f"--label {name} is no option of train.py: give one like free_nats")

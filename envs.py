@@ -757,7 +757,7 @@ def die_with_parent(parent=None):
 
     Linux's PR_SET_PDEATHSIG is not used: it follows the *thread* that made this process.
     """
-    parent = parent or multiprocessing.parent_process().pid  # type: ignore[union-attr]
+    parent = parent or multiprocessing.parent_process().pid
     try:
         end = os.pidfd_open(parent)  # readable once the process has ended
     except ProcessLookupError:

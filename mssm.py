@@ -225,11 +225,9 @@ class MSSM(nn.Module):
         if fusion not in ("product", "concatenate") or heads not in ("g", "decoders", "projections"):
             raise ValueError(f"fusion {fusion!r}, heads {heads!r}: choose 'product' or 'concatenate', and 'g', "
                              "'decoders' or 'projections'")  # fmt: skip
-        self.modalities, self.fusion = dict(modalities), fusion
-        self.d_h, self.d_c = d_h, d_c
+        self.modalities, self.fusion, self.d_h, self.d_c = dict(modalities), fusion, d_h, d_c
         self.sample_s_f, self.prior_if_unobserved, self.expert_power = sample_s_f, prior_if_unobserved, expert_power
-        shapes = list(modalities.values())
-        d_x, d_z = 32 * channels, d_c + d_h
+        shapes, d_x, d_z = list(modalities.values()), 32 * channels, d_c + d_h
         self.d_s_f = d_f if fusion == "product" else d_x * len(shapes)  # size of s_f
 
         # Inference network, Eq. (11); lists are in the order of the modalities
@@ -381,7 +379,7 @@ class MSSM(nn.Module):
             inferred = posterior_or_prior(self.posterior(from_s_f_t, h), self.prior(h), observed_t, noise_t)
             state = State(h, inferred[0])
             steps.append((h, *inferred))
-        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore[arg-type]
+        return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore
 
 
 # ---- 6. What can be modelled ---------------------------------------------------------------------

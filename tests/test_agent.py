@@ -346,6 +346,17 @@ def test_update_in_bfloat16_keeps_losses_and_parameters_in_float32():
     assert metrics["model_loss"] == pytest.approx(exact["model_loss"].item(), rel=0.05)
 
 
+@pytest.mark.dev(26)
+def test_imagination_runs_on_the_model_after_its_step(monkeypatch):
+    agent, seen = tiny_agent(), []
+    imagine, before = behaviour.imagine, parameters(agent)["model"]
+    spy = lambda *arguments: seen.append(parameters(agent)["model"]) or imagine(*arguments)  # noqa: E731
+    monkeypatch.setattr(behaviour, "imagine", spy)
+    agent.update(random_batch())
+    assert all(torch.equal(x, y) for x, y in zip(seen[0], parameters(agent)["model"]))
+    assert not all(torch.equal(x, y) for x, y in zip(seen[0], before))
+
+
 # ---- 4. Imagination ------------------------------------------------------------------------------
 
 
