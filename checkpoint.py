@@ -130,7 +130,8 @@ def fail(program, error):
     known = explain(error)
     if known is None:
         raise error
-    say(f"{program}: {known[0]}", sys.stderr)
+    advice = "; go on with --resume" if known[1] == 1 and program == "train.py" else ""
+    say(f"{program}: {known[0]}{advice}", sys.stderr)
     sys.exit(known[1])
 
 

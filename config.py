@@ -24,7 +24,7 @@ from methods import METHODS, choose_device
 class Run:
     """What to train, and where."""
 
-    task: str = "finger_spin"  # one of the tasks below, or what gymnasium.make takes, like Hopper-v5 [Table I]
+    task: str = "finger_spin"  # one of the tasks above, or what gymnasium.make takes, like Hopper-v5 [Table I]
     task_kwargs: str = ""  # of gymnasium.make, as JSON: {"render_mode": "rgb_array"} adds a camera [ours]
     method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
     seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
@@ -121,8 +121,6 @@ class Config(Behaviour, Learning, Objective, Model, Protocol, Environment, Run):
 
 
 EXAMPLES = """\
-tasks: finger_spin, walker_stand, walker_walk, walker_run, cup_catch, table_wiping, toy,
-  toy_two_cameras, toy_xy; or my_package:Reach-v0, whatever gymnasium.make takes
 examples:
   python train.py --task toy                              a first run: some eight minutes on a CPU
   python train.py --task finger_spin                      the paper's sizes and protocol, for a GPU

@@ -5,11 +5,14 @@ sequences drawn from the replay. Everything a run leaves is in its folder, `runs
 
     config.json      what `--help` lists
     metrics.jsonl    a line an episode, an evaluation and every `log_every` updates
-    checkpoint.pt    after every evaluation and at SIGTERM, SIGHUP or Ctrl-C; `--resume runs/<name>` goes on
-                     from there; checkpoint.previous.pt is the one before
+    checkpoint.pt    after every evaluation and at SIGTERM, SIGHUP or Ctrl-C; `--resume runs/<name>`
+                     goes on from there; checkpoint.previous.pt is the one before
     replay/          the collected episodes
     video-*.mp4      what the agent saw, did and got in an evaluation episode
     events.out.*     metrics, video and more pictures for `tensorboard --logdir runs`
+
+Tasks: finger_spin, walker_stand, walker_walk, walker_run, cup_catch, table_wiping, toy,
+toy_two_cameras, toy_xy, or what gymnasium.make takes, like Hopper-v5 or my_package:Reach-v0.
 
 Evaluate it with `python evaluate.py runs/<name>`. Options end with their value in the paper, as
 in [Appendix B: 200], or, where it is silent, in the authors' released code, [code: 50]; [ours] has
