@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
+from itertools import count
 
 import numpy as np
 
@@ -37,6 +38,8 @@ from fast import restart_with_quiet_threads
 from methods import make_agent
 from pictures import gif, of_evaluation, write_video
 from replay import Batches, Replay, replay_fields
+
+ROUND = 1000  # decisions between resets of all environments, where episodes differ in length
 
 # ---- 1. The protocol -----------------------------------------------------------------------------
 
@@ -80,21 +83,21 @@ def learn(agent, batches, config, log, progress, check):
         check()
 
 
-def collect(config, agent, envs, batches, log, progress, until, check):
-    """Collect whole episodes until environment step `until`, and make all updates that are due by then.
+def collect(config, agent, envs, batches, log, progress, check):
+    """Collect an episode in every environment, and make all updates that are due by then.
+
+    Where episodes differ in length, environments go on for ROUND decisions, and to the end of an episode.
 
     check    called after every decision and update: it may raise; progress and replay are up to date then
     """
-    if progress.steps >= until:  # the run was stopped in the midst of the evaluation
-        return
     replay, repeat = batches.replay, envs.get_attr("action_repeat")[0]
-    # Seeds depend on the step, so that a resumed run draws the episodes that it would have drawn uninterrupted.
+    # Seeds depend on the step alone: neither evaluations nor a stop change the episodes that follow.
     observation, _ = envs.reset(seed=seeds(config.seed, progress.steps, count=config.num_envs))
     memory, first = agent.initial_memory(config.num_envs), np.ones(config.num_envs, bool)
     action, reward = np.zeros(envs.action_space.shape, np.float32), np.zeros(config.num_envs)
     done = terminated = ~first
     replay.begin(config.num_envs)
-    while True:
+    for t in count():
         if done.any():
             batches.wait()
         step = {**observation, "action": action, "reward": reward}
@@ -102,10 +105,10 @@ def collect(config, agent, envs, batches, log, progress, until, check):
             step["continues"] = 1.0 - terminated
         for episode in replay.record(step, done):
             log.write(progress.steps, {"train_return": float(episode["reward"].sum())})
-        if progress.steps >= until and done.any():
+        if done.all() or (done.any() and t >= ROUND):
             replay.cut(config.batch_length)  # episodes that are still under way
             learn(agent, batches, config, log, progress, check)  # what the last step has asked for
-            return
+            return batches.drop()
         check()
 
         if progress.updates == 0:
@@ -163,8 +166,8 @@ def main(config):
             try:
                 while progress.evaluated < config.steps:
                     until = min((progress.evaluated // config.eval_every + 1) * config.eval_every, config.steps)
-                    collect(config, agent, envs, batches, log, progress, until, stop.check)
-                    batches.drop()
+                    while progress.steps < until:
+                        collect(config, agent, envs, batches, log, progress, stop.check)
                     evaluate(config, agent, eval_envs, log, progress, folder, save, stop.check)
             except (Stopped, WorkerError):
                 # Keep all that was learned and seen: episodes under way end here.

@@ -97,6 +97,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder):
         assert np.array_equal(np.load(path, mmap_mode="r"), other), path.name
 
 
+@pytest.mark.parametrize("options", [("--eval-every", "400"), ("--eval-episodes", "3"), ("--log-every", "3")])
+def test_what_is_looked_at_changes_nothing_that_is_learnt(folder, options):
+    """Bit for bit: parameters and optimisers after evaluations of another number, length and rate."""
+    name = "looked" + "".join(options)
+    run("--steps", "600", "--name", name, *options)
+    whole, other = (flat(runs.load_checkpoint(folder.parent / n)["agent"]) for n in ("whole", name))
+    assert [path for path in whole if not np.array_equal(whole[path], other[path])] == []
+    returns = [[x["train_return"] for x in lines(folder.parent / n) if "train_return" in x] for n in ("whole", name)]
+    assert returns[0] == returns[1]
+
+
 def test_another_seed_gives_another_run(folder):
     run("--steps", "200", "--name", "other", "--seed", "2")
     first, other = (runs.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
