@@ -198,7 +198,7 @@ def alive(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_process_group_leaves_a_checkpoint_and_no_process(home, number, code):
     """As a scheduler or a terminal sends it: workers get it, too."""
     name, log = f"signal-{number}", Path(f"signal-{number}.log")
@@ -228,6 +228,60 @@ def test_a_signal_to_the_process_group_leaves_a_checkpoint_and_no_process(home, 
     steps = (state["steps"] // 100 + 1) * 100
     run("--resume", folder, "--steps", steps)
     assert runs.load_checkpoint(folder)["steps"] == steps
+
+
+def start(command, folder, number=5):
+    """A shell's command line in a session of its own, once the run in `folder` has written some lines."""
+    program = f"{sys.executable} {ROOT}/train.py {' '.join(TOY)} --name {folder.name}"
+    process = subprocess.Popen(["bash", "-c", command.format(train=program)], start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    patience = time.monotonic() + 100
+    while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < number:
+        assert process.poll() is None and time.monotonic() < patience
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("command, number", [
+    ("{train} --steps 1000000 2>&1 | tee log", signal.SIGINT), ("{train} --steps 1000000 2>&1 | head -n 1", signal.SIGTERM),
+    ("{train} --steps 1000000 2>&-", signal.SIGTERM), ("{train} --steps 1000000 >&- 2>&-", signal.SIGHUP),
+], ids=["tee dies of the same Ctrl-C", "the reader is gone", "no stderr", "no output at all"])  # fmt: skip
+def test_a_message_that_nobody_reads_costs_no_work(home, command, number):
+    """The evaluations before the signal print, too: a run that cannot print goes on past them."""
+    folder = Path("runs") / f"unread-{abs(hash(command))}"
+    process = start(command, folder)
+    while not (folder / "checkpoint.pt").exists():  # the first evaluation
+        assert process.poll() is None
+        time.sleep(0.05)
+    evaluated = runs.load_checkpoint(folder)["updates"]
+    while max(line.get("updates", 0) for line in lines(folder)) <= evaluated:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    process.wait(timeout=60)
+    patience = time.monotonic() + 60
+    while children_of_group(process.pid):
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    assert runs.load_checkpoint(folder)["updates"] > evaluated  # that of the signal
+
+
+def children_of_group(group):
+    """Processes of a session that still run."""
+    stats = [path.read_text().rsplit(")", 1)[1].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return [fields for fields in stats if int(fields[2]) == group and fields[0] != "Z"]
+
+
+@pytest.mark.parametrize("options", ["PYTHONIOENCODING=ascii {train} --steps 200 >log", "{train} --steps 200 | true"])
+def test_an_output_that_cannot_be_written_ends_no_run(home, options):
+    folder = Path("runs") / f"finished-{abs(hash(options))}"
+    process = start("set -o pipefail; " + options, folder)
+    assert process.wait(timeout=100) == 0
+    assert runs.load_checkpoint(folder)["evaluated"] == 200
+    command = f"set -o pipefail; {sys.executable} {ROOT}/evaluate.py {folder} --episodes 1 --rates None 2>&1 | true"
+    assert subprocess.run(["bash", "-c", command], timeout=100, check=False).returncode == 0
+    assert json.loads((folder / "evaluation.json").read_text())["records"]
 
 
 def stop_at(monkeypatch, owner, method, call, number=signal.SIGTERM):
