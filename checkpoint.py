@@ -190,6 +190,20 @@ def create_folder(folder, config):
         raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}") from error
 
 
+def check_backgrounds(folder, source):
+    """Keep what identifies a run's backgrounds, wherever they lie. Raises ValueError if it was trained on others."""
+    if source == "procedural":
+        return
+    from backgrounds import fingerprint
+
+    path, found = Path(folder) / "backgrounds.json", fingerprint(source)
+    kept = json.loads(path.read_text())["fingerprint"] if path.exists() else found
+    if kept != found:
+        raise ValueError(f"backgrounds {source} hold other clips than those of {folder}: give --backgrounds the path "
+                         "of the same ones, or start a new run")  # fmt: skip
+    write_file(path, json.dumps({"path": str(source), "fingerprint": found}).encode())
+
+
 # ---- 3. Metrics ----------------------------------------------------------------------------------
 
 

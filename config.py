@@ -186,7 +186,7 @@ def parse(arguments, description=""):
             raise ValueError(f"{known.resume} was trained with {option} {was}, not {given}: leave {option} out, "
                              "or start a new run")  # fmt: skip
     check(config)
-    return config
+    return can_terminate(config)
 
 
 def command_line(arguments, default, description=""):

@@ -218,10 +218,14 @@ def reference_returns(task, episodes, seed, task_kwargs=None):
 
 
 def pool(records):
-    """Records pooled over runs: {(task, sensors, missing): {method: {mean, std, episodes, seeds, steps}}}."""
+    """Records pooled over runs: {(task, sensors, missing): {column: {mean, std, episodes, seeds, ...}}}.
+
+    A column is a method, and what --label says of its runs.
+    """
     groups = defaultdict(lambda: defaultdict(list))
     for record in records:
-        groups[record["task"], record["sensors"], record["missing"]][record["method"]].append(record)
+        column = ", ".join(filter(None, (record["method"], record.get("label"))))
+        groups[record["task"], record["sensors"], record["missing"]][column].append(record)
     cells = {}
     for row, methods in groups.items():
         cells[row] = {}
@@ -229,7 +233,8 @@ def pool(records):
             returns = np.concatenate([record["returns"] for record in group])
             cells[row][method] = {
                 "mean": float(returns.mean()), "std": float(returns.std()), "episodes": len(returns),
-                "seeds": len({record["seed"] for record in group}), "steps": {record["steps"] for record in group},
+                "seeds": {record["seed"]: float(np.mean(record["returns"])) for record in group},  # {seed: its mean}
+                "steps": {record["steps"] for record in group}, "parameters": group[0].get("parameters"),
             }  # fmt: skip
     return cells
 
@@ -246,7 +251,8 @@ def paper_cell(task, sensors, missing, method):
 
 def markdown(cells, references):
     """The pooled records as a Markdown table, one column a method, the best of a row in bold."""
-    methods = [method for method in METHODS if any(method in row for row in cells.values())]  # the paper's order
+    order = list(METHODS)  # the paper's
+    methods = sorted({c for row in cells.values() for c in row}, key=lambda c: (order.index(c.split(",")[0]), c))
     lines = [
         "| task | sensors | missing | " + " | ".join(methods) + " |",
         "|---|---|---|" + "---|" * len(methods),
@@ -263,7 +269,7 @@ def markdown(cells, references):
             paper = paper_cell(task, sensors, missing, method)
             texts.append(text + (f" [{paper[0]} ± {paper[1]}]" if paper else ""))
         lines.append(f"| {task} | {sensors} | {missing} | " + " | ".join(texts) + " |")
-    counts = {(c["seeds"], c["episodes"]) for row in cells.values() for c in row.values()}
+    counts = {(len(c["seeds"]), c["episodes"]) for row in cells.values() for c in row.values()}
     counted = "; ".join(f"{s} seed{'s' * (s > 1)}, {e} episodes" for s, e in sorted(counts))
     steps = sorted(set().union(*(cell["steps"] for row in cells.values() for cell in row.values())))
     trained = " or ".join(f"{s:,}" for s in steps) + " environment steps of training."
@@ -271,6 +277,13 @@ def markdown(cells, references):
     for task, policies in references.items():
         for name, returns in policies.items():
             lines.append(f"The {name} policy earns {np.mean(returns):.1f} ± {np.std(returns):.1f} on {task}.")
+    lines += ["", "Mean of every seed, in the order of the seeds; below, parameters of the world model.", "",
+              *lines[:2]]  # fmt: skip
+    for row, columns in cells.items():
+        means = ([m for _, m in sorted(columns[c]["seeds"].items())] if c in columns else [] for c in methods)
+        lines.append("| " + " | ".join([*row, *(", ".join(f"{m:.1f}" for m in group) for group in means)]) + " |")
+    last = {column: cell for row in cells.values() for column, cell in row.items()}
+    lines.append("| parameters | | | " + " | ".join(f"{last[c].get('parameters') or 0:,}" for c in methods) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -281,7 +294,8 @@ def calibration_markdown(records):
     for record in records:
         if c := record.get("calibration"):
             texts = [", ".join(f"{name} {value:.2f}" for name, value in c[key].items()) for key in ("log_std", "share")]
-            texts.append(", ".join(f"{name} {value:.0f}" for name, value in c["rank"].items()) + f" of {c['steps']}")
+            ranks = (f"{name} {r:.0f} ({r / c['steps']:.1%})" for name, r in c["rank"].items())
+            texts.append(", ".join(ranks) + f" of {c['steps']}")
             lines.append(f"| {record['run']} | {record['missing']} | {record['sensors']} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
@@ -289,7 +303,8 @@ def calibration_markdown(records):
 def output_path(options):
     """Where the tables go, without suffix."""
     own = Path(options.runs[0] if len(options.runs) == 1 else "runs") / "evaluation"
-    return Path(options.output or own)
+    output = Path(options.output or own)
+    return output.with_suffix("") if output.suffix in (".md", ".csv", ".json") else output
 
 
 # ---- 3. The command ------------------------------------------------------------------------------

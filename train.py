@@ -29,8 +29,8 @@ import numpy as np
 
 import envs as environments
 from backgrounds import summary
-from checkpoint import (Log, Progress, Stopped, StopSignals, create_folder, fail, restore, save_checkpoint, say,
-                        write_config)  # fmt: skip
+from checkpoint import (Log, Progress, Stopped, StopSignals, check_backgrounds, create_folder, fail, restore,
+                        save_checkpoint, say, write_config)  # fmt: skip
 from config import can_terminate, parse, run_folder, sensing
 from envs import WorkerError, seeds
 from evaluate import act, run_episodes
@@ -154,6 +154,7 @@ def main(config):
             create_folder(folder, config)
 
         with closing(Log(folder, config.steps)) as log, StopSignals(folder) as stop:
+            check_backgrounds(folder, config.backgrounds)
             write_config(folder, config)
             fields = replay_fields(space, action_size, config.continuation == "on")
             replay = Replay(folder / "replay", fields, config.capacity, spare_rows(config, envs))

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="pip install -r requirements-dev.txt")
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_reliability import TOY
@@ -21,6 +23,7 @@ import checkpoint as runs
 import train
 from config import Config
 from methods import METHODS
+from mssm import MSSM
 
 EXAMPLES = int(os.environ.get("FUZZ", 1))  # times as many
 settings.register_profile("fuzz", deadline=None, derandomize="FUZZ" not in os.environ, database=None,
@@ -50,7 +53,7 @@ WORDS = st.one_of(
     st.sampled_from([*envs.TASKS, *METHODS, "cpu", "released", "procedural", "runs", "..", "/", "a\nb", ""]),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=300),
 )
-VALUES = {float: NUMBERS, int: NUMBERS, str: WORDS}
+VALUES = {float: NUMBERS, int: NUMBERS, str: WORDS, tuple[str, ...]: WORDS}
 
 
 @st.composite
@@ -250,3 +253,46 @@ def test_odd_files_are_refused(tmp_path, kind):
 def test_a_configuration_of_any_size_is_refused_or_fits():
     """Sizes at their limits ask for more memory than there is: one line, too."""
     works_or_says_why(lambda: torch.empty(2**16, 2**16, 2**16, dtype=torch.uint8))
+
+
+# ---- 4. Observations ----
+
+DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.float16, torch.float32, torch.float64]
+SHAPES = [(64, 64, 3), (64, 64, 1), (64, 64), (32, 32, 3), (2,), (1,), ()]
+NAMES = st.one_of(st.sampled_from(["observation.images.top", "keys", "items", "0", "a.b", "self"]), st.text(max_size=20))
+
+
+@given(NAMES, st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(SHAPES), st.integers(1, 3))
+@settings(max_examples=60 * EXAMPLES)
+def test_an_observation_is_read_as_what_it_is_or_refused(name, declared, dtype, shape, columns):
+    """Of any name, type and shape: only colour in uint8, depth and vectors in floats are read, with a column each."""
+
+    def read():
+        model = MSSM({name: declared, "other": (2,)}, 1, d_h=4, d_c=2, d_f=4, hidden=4, units=4, channels=1)
+        observation = {name: torch.ones(2, 3, *shape).to(dtype), "other": torch.ones(2, 3, 2)}
+        return model.observe(observation, torch.ones(2, 3, columns), torch.zeros(2, 3, 1))
+
+    filtered = works_or_says_why(read, ValueError)
+    colour, floats = len(declared) == 3 and declared[-1] > 1, dtype.is_floating_point
+    fits = declared in SHAPES[:2] + SHAPES[4:6] and shape == declared and columns == 2
+    assert (filtered is not None) == (fits and (dtype == torch.uint8 if colour else floats)) or name == "other"
+    assert filtered is None or filtered.s_c.isfinite().all()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+@given(st.text(max_size=50))
+@settings(max_examples=30 * EXAMPLES)
+def test_anything_can_be_said_to_any_output(encoding, text):
+    for file in (io.TextIOWrapper(io.BytesIO(), encoding=encoding), None, io.StringIO()):
+        runs.say(text, file)
+    closed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    closed.close()
+    runs.say(text, closed)
+
+
+def test_no_file_descriptor_is_left_by_an_output_that_nobody_reads():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        for _ in range(3):
+            runs.say("±" * 10_000, file)

@@ -152,7 +152,7 @@ def test_evaluation_prints_and_writes_the_table(folder, capsys):
 
 @pytest.mark.table(1)
 def test_evaluation_shows_the_papers_figures_beside_ours():
-    cells = {("finger_spin", "rgb+depth+touch", "High"): {"mummi": dict(mean=900, std=10, seeds=3, episodes=30, steps={2_000_000})}}
+    cells = {("finger_spin", "rgb+depth+touch", "High"): {"mummi": dict(mean=900, std=10, seeds={1: 0.0, 2: 0.0, 3: 0.0}, episodes=30, steps={2_000_000})}}
     assert "| 900.0 ± 10.0 [929.1 ± 20.8] |" in evaluate.markdown(cells, {})
     cells = {("finger_spin", "rgb+depth", "High"): cells.popitem()[1]}
     assert "[" not in evaluate.markdown(cells, {}), "the paper removes no sensor in Table I"
@@ -160,7 +160,7 @@ def test_evaluation_shows_the_papers_figures_beside_ours():
 
 def test_table_ii_has_the_rows_and_columns_of_the_paper():
     """Whatever the order of the runs."""
-    cell = dict(mean=1, std=2, seeds=1, episodes=30, steps={1_000_000})
+    cell = dict(mean=1, std=2, seeds={1: 0.0}, episodes=30, steps={1_000_000})
     cells = {("table_wiping", sensors, rate): {method: cell for method in ("mssm_e", "mummi_b", "mummi")}
              for sensors in ("workspace+robot", "robot") for rate in evaluate.TABLE_II}  # fmt: skip
     table = evaluate.markdown(cells, {}).splitlines()
@@ -263,6 +263,40 @@ def test_the_table_says_how_long_runs_were_trained():
     record = dict(task="toy", sensors="position", missing="None", method="mummi", returns=[1.0])
     records = [dict(record, seed=1, steps=6_000), dict(record, seed=2, steps=4_800)]
     assert "4,800 or 6,000 environment steps" in evaluate.markdown(evaluate.pool(records), {})
+
+
+def test_ablations_have_columns_of_their_own_and_seeds_and_parameters_are_told():
+    record = dict(task="toy", sensors="position", missing="None", method="mummi", steps=100, parameters=1234)
+    records = [dict(record, seed=seed, label=f"free_nats {n}", returns=[n + seed]) for n in (0.0, 3.0) for seed in (1, 2)]
+    text = evaluate.markdown(evaluate.pool(records), {})
+    assert "| mummi, free_nats 0.0 | mummi, free_nats 3.0 |" in text and "**4.5 ± 0.5**" in text
+    assert "| 1.0, 2.0 | 4.0, 5.0 |" in text and "| 1,234 | 1,234 |" in text
+
+
+@pytest.mark.parametrize("options, said", [
+    ({}, "no run was given"), ({"runs": ("a",), "rates": ("None", "None")}, "each once"),
+    ({"runs": ("a",), "missing_process": "fair"}, "exact or released"), ({"runs": ("a",), "device": "cuda:7"}, "cuda:7"),
+    ({"runs": ("a",), "device": "mps"}, "mps"), ({"runs": ("a",), "device": "gpu"}, "gpu"),
+])  # fmt: skip
+def test_bad_options_of_evaluation_are_known_before_anything_runs(options, said):
+    with pytest.raises(ValueError, match=said):
+        evaluate.main(evaluate.Options(**{"runs": ()} | options))
+
+
+def test_a_run_may_move_with_its_backgrounds_but_not_to_others(tmp_path, monkeypatch):
+    """The path is given again; clips of other content are refused."""
+    monkeypatch.chdir(tmp_path)
+    for name, shade in (("here", 50), ("there", 50), ("others", 90)):
+        np.save(f"{name}.npy", np.full((3, 30, 64, 64, 3), shade, np.uint8))
+    finger = "--task finger_spin --prefill 100 --updates-per-1000 1 --first-updates 1 --eval-every 1000 --capacity 600"
+    small = [*SMALL, *finger.split(), "--num-envs", "1", "--eval-episodes", "1", "--name", "moved"]
+    train.main(parse([*small, "--steps", "1000", "--backgrounds", "here.npy"]))
+    with pytest.raises(ValueError, match="other clips"):
+        train.main(parse(["--resume", "runs/moved", "--steps", "2000", "--backgrounds", "others.npy"]))
+    Path("here.npy").unlink()
+    train.main(parse(["--resume", "runs/moved", "--steps", "2000", "--backgrounds", "there.npy"]))
+    assert runs.load_checkpoint("runs/moved")["steps"] == 2000
+    assert runs.load_checkpoint("runs/moved")["config"]["backgrounds"] == "there.npy"
 
 
 def test_episodes_beyond_ten_are_those_of_the_references(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from test_envs import same
 
 import envs
-import train
+from methods import make_agent
 import wiping
 from config import TASK_DEFAULTS, Config
 from envs import make_env
@@ -309,7 +309,8 @@ def test_the_file_works_with_envs_alone(tmp_path):
 def test_codes_have_the_sizes_of_appendix_b(method, size):
     """D_f = 256, and 512 = 256 x 2 concatenated."""
     config = Config(task="table_wiping", method=method, device="cpu", **TASK_DEFAULTS["table_wiping"])
-    agent = train.make_agent(config, make_env("table_wiping").observation_space, 6)
+    agent = make_agent(config, make_env("table_wiping").observation_space, 6)
     images = {name: torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8) for name in ("workspace", "robot")}
-    fused = agent.model.fuse(agent.model.encode(images), torch.ones(2, 1, 1, dtype=torch.bool))
+    present = torch.ones(1, 1, 2, dtype=torch.bool)
+    fused = agent.model.fuse(agent.model.encode(images, present), present)
     assert fused.s_f.shape == (1, 1, size)
