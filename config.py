@@ -70,6 +70,7 @@ class Model:
     hidden: int = 200  # hidden layers of transition, prior and posterior [code: 200]
     units: int = 400  # hidden layers of reward, actor and critic [code: 400]
     channels: int = 32  # of the first convolution; features are 32 times as many [code: 32]
+    standardise: str = "auto"  # vectors, by the random phase: on, off, or auto, on for tasks of gymnasium.make [ours]
     sample_s_f: bool = True  # sample s^f, do not take its mean.  Dev. D2 [Eq. (11): True; code: False]
     prior_if_unobserved: bool = True  # nothing present: the prior, not s^f 0.  Dev. D3 [Eq. (11): True; code: False]
     expert_power: int = 2  # experts weigh 1/std to this power.  Dev. D1 [Eq. (11): 2; code: 1]
@@ -154,7 +155,7 @@ NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 model_updates explo
                 "fused_kl_scale reward_weight free_nats").split()  # fmt: skip
 CHOICES: dict[str, list] = {
     "method": list(METHODS), "precision": ["auto", "float32", "bfloat16"], "act_by": ["mode", "sample"],
-    "continuation": ["auto", "on", "off"], "expert_power": [1, 2],
+    "continuation": ["auto", "on", "off"], "standardise": ["auto", "on", "off"], "expert_power": [1, 2],
 }  # fmt: skip
 MAY_CHANGE = "resume device deterministic fast steps log_every eval_every backgrounds act_by".split()  # on --resume
 # Runs that differ in more than these are not the same experiment.
@@ -186,7 +187,7 @@ def parse(arguments, description=""):
             raise ValueError(f"{known.resume} was trained with {option} {was}, not {given}: leave {option} out, "
                              "or start a new run")  # fmt: skip
     check(config)
-    return can_terminate(config)
+    return decide(config)
 
 
 def command_line(arguments, default, description=""):
@@ -305,8 +306,10 @@ def sensing(config):
     return shared | ({"task_kwargs": task_kwargs} if task_kwargs else {})
 
 
-def can_terminate(config):
-    """The configuration with `continuation` decided: on or off."""
+def decide(config):
+    """The configuration with every "auto" that depends on the task decided: on or off."""
+    if config.standardise == "auto":
+        config = replace(config, standardise="off" if config.task in environments.TASKS else "on")
     if config.continuation != "auto":
         return config
     env = environments.make_env(config.task, **sensing(config))

@@ -173,6 +173,9 @@ def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
         state = model.imagine_step(state, action[t])
         latents.append(model.latent(*state))
     decoded = model.decode(torch.cat(latents))  # {name: (T, ...)}
+    for m, name in enumerate(sensors(seen)):
+        if decoded[name].ndim == 2:  # a vector, in its own units
+            decoded[name] = decoded[name] * getattr(model, f"std_{m}") + getattr(model, f"mean_{m}")
     times = [0, given - 1] + [given - 1 + k for k in ahead if given - 1 + k < len(latents)]
     rows = []
     for m, name in enumerate(sensors(seen)):

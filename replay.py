@@ -125,6 +125,14 @@ class Replay:
         self.episodes.append((first, rows, self.count))
         self.cursor = end
 
+    def rows_of(self, key):
+        """All rows of one key, (rows, ...), the oldest episode first."""
+        column, parts = self.columns[key], [np.empty(0)] * len(self.episodes)
+        for i, (start, rows, _) in enumerate(self.episodes):
+            parts[i] = np.empty((rows, *column.shape), column.dtype)
+            column.read(start, parts[i])
+        return np.concatenate(parts)
+
     def begin(self, num_envs):
         """Start an episode in each of `num_envs` environments; what was under way is dropped."""
         self.open = [[] for _ in range(num_envs)]

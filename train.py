@@ -26,12 +26,13 @@ from functools import partial
 from itertools import count
 
 import numpy as np
+import torch
 
 import envs as environments
 from backgrounds import summary
 from checkpoint import (Log, Progress, Stopped, StopSignals, check_backgrounds, create_folder, fail, restore,
                         save_checkpoint, say, write_config)  # fmt: skip
-from config import can_terminate, parse, run_folder, sensing
+from config import decide, parse, run_folder, sensing
 from envs import WorkerError, seeds
 from evaluate import act, run_episodes
 from fast import restart_with_quiet_threads
@@ -58,6 +59,16 @@ def spare_rows(config, envs):
     return min(2 * episodes * (length + 1), config.capacity)
 
 
+def standardise(model, replay):
+    """Let the model scale every vector by its mean and deviation in the replay, where it was present."""
+    present = replay.rows_of("present").astype(bool)
+    for m, (name, shape) in enumerate(model.modalities.items()):
+        if len(shape) == 1 and present[:, m].any():
+            seen = replay.rows_of(name)[present[:, m]].astype(np.float64)
+            getattr(model, f"mean_{m}").copy_(torch.tensor(seen.mean(0)))
+            getattr(model, f"std_{m}").copy_(torch.tensor(seen.std(0).clip(1e-3)))
+
+
 # ---- 2. The loop ---------------------------------------------------------------------------------
 
 
@@ -66,6 +77,8 @@ def learn(agent, batches, config, log, progress, check):
     due = updates_due(config, progress.steps)
     while len(batches.replay) and progress.updates < due:
         started = time.perf_counter()
+        if progress.updates == 0 and config.standardise == "on":
+            standardise(agent.model, batches.replay)
         if progress.updates == 0 and agent.device.type == "cuda":
             say("the first updates compile kernels and capture CUDA graphs: up to two minutes")
         batch = batches.next()
@@ -139,7 +152,7 @@ def evaluate(config, agent, envs, log, progress, folder, save, check):
 
 def main(config):
     """Train from the configuration; see the module's docstring for what it leaves."""
-    folder, config = run_folder(config), can_terminate(config)
+    folder, config = run_folder(config), decide(config)
     if config.backgrounds != "procedural":
         say(summary(config.backgrounds))
     # Worker processes first: they are forked, and must not inherit a CUDA context.

@@ -108,6 +108,19 @@ def test_what_is_looked_at_changes_nothing_that_is_learnt(folder, options):
     assert returns[0] == returns[1]
 
 
+def test_vectors_are_standardised_by_the_random_phase(tmp_path, monkeypatch):
+    """On for anybody's environment; statistics of the present readings, kept in the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    run("--steps", "200", "--name", "scaled", "--standardise", "on")
+    state = runs.load_checkpoint("runs/scaled")
+    position, present = (np.load(f"runs/scaled/replay/{key}.npy")[:202] for key in ("position", "present"))
+    seen = position[present[:, 0] == 1].astype(float)
+    np.testing.assert_allclose(state["agent"]["model"]["mean_0"], seen.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(state["agent"]["model"]["std_0"], seen.std(0), rtol=1e-4)
+    assert parse(["--task", "toy"]).standardise == "off" and parse(["--task", "Hopper-v5"]).standardise == "on"
+    assert parse(["--task", "Hopper-v5"]).continuation == "on" and parse(["--task", "toy"]).continuation == "off"
+
+
 def test_another_seed_gives_another_run(folder):
     run("--steps", "200", "--name", "other", "--seed", "2")
     first, other = (runs.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
