@@ -26,6 +26,7 @@ class Run:
 
     task: str = "finger_spin"  # one of the tasks above, or what gymnasium.make takes, like Hopper-v5 [Table I]
     task_kwargs: str = ""  # of gymnasium.make, as JSON: {"render_mode": "rgb_array"} adds a camera [ours]
+    preset: str = "paper"  # sizes and rates: paper, small, or auto: paper on a GPU, small without one [ours]
     method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
     seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
     name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
@@ -143,6 +144,12 @@ TOY: dict = dict(
 # Table Wiping: section VI's length and Appendix B's s^f of 256, concatenated 512. Only encoders this
 # narrow have 256 features.  Dev. D16, D18
 WIPING = dict(steps=1_000_000, d_f=256, channels=8)
+# Networks, batches and rates with which one CPU core learns the paper's tasks in an hour or two.
+SMALL: dict = dict(
+    num_envs=4, eval_episodes=4, steps=200_000, prefill=10_000, first_updates=500, capacity=250_000, eval_every=20_000,
+    d_h=128, d_f=128, hidden=128, units=128, channels=8, batch_size=16, batch_length=25, discount=0.98,
+    model_lr=1e-3, actor_lr=1e-4, critic_lr=2e-4, reward_weight=10.0, initial_std=2.0,
+)  # fmt: skip
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
 
 LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail for want of memory or disk
@@ -154,12 +161,14 @@ POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
 NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 model_updates exploration mpc_rate mpc_iterations "
                 "fused_kl_scale reward_weight free_nats").split()  # fmt: skip
 CHOICES: dict[str, list] = {
-    "method": list(METHODS), "precision": ["auto", "float32", "bfloat16"], "act_by": ["mode", "sample"],
+    "preset": ["paper", "small"], "method": list(METHODS),
+    "precision": ["auto", "float32", "bfloat16"], "act_by": ["mode", "sample"],
     "continuation": ["auto", "on", "off"], "standardise": ["auto", "on", "off"], "expert_power": [1, 2],
 }  # fmt: skip
 MAY_CHANGE = "resume device deterministic fast steps log_every eval_every backgrounds act_by".split()  # on --resume
 # Runs that differ in more than these are not the same experiment.
-MAY_DIFFER = "task method seed name resume device deterministic fast log_every eval_every eval_episodes act_by".split()
+MAY_DIFFER = ("task preset method seed name resume device deterministic fast log_every eval_every eval_episodes "
+              "act_by").split()  # fmt: skip
 
 
 # ---- 2. The command line --------------------------------------------------------------------------
@@ -174,12 +183,16 @@ def parse(arguments, description=""):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=Config.task)
     first.add_argument("--resume", default="")
+    first.add_argument("--device", default="auto")
+    first.add_argument("--preset", default="auto")
     known = first.parse_known_args(arguments)[0]
     if known.resume:
         default = replace(load_config(known.resume), resume=known.resume)
     else:
-        default = Config(task=known.task, **TASK_DEFAULTS.get(known.task, {}))
+        default = Config(task=known.task, **defaults(known.task, known.preset, known.device))
     config = command_line(arguments, default, description)
+    if config.preset == "auto":
+        config.preset = default.preset
     for field in fields(Config):
         was, given = getattr(default, field.name), getattr(config, field.name)
         if known.resume and field.name not in MAY_CHANGE and was != given:
@@ -188,6 +201,14 @@ def parse(arguments, description=""):
                              "or start a new run")  # fmt: skip
     check(config)
     return decide(config)
+
+
+def defaults(task, preset, device):
+    """The defaults of a task in a preset; "auto" is small on a CPU. Toy tasks have their own."""
+    if preset == "auto":
+        preset = "paper" if device != "cpu" and choose_device("auto").type == "cuda" else "small"
+    own = TASK_DEFAULTS.get(task, {})
+    return {"preset": preset} | (own | SMALL if preset == "small" and task not in environments.TOY else own)
 
 
 def command_line(arguments, default, description=""):

@@ -155,6 +155,10 @@ def main(config):
     folder, config = run_folder(config), decide(config)
     if config.backgrounds != "procedural":
         say(summary(config.backgrounds))
+    if config.task not in environments.TOY and not config.resume:
+        small = "small networks for one CPU core, an hour or two; --preset paper has the paper's sizes, for a GPU"
+        paper = "the paper's sizes, for a GPU; --preset small has small networks for one CPU core"
+        say(f"preset {config.preset}: {small if config.preset == 'small' else paper}")
     # Worker processes first: they are forked, and must not inherit a CUDA context.
     make = partial(environments.make_vector_env, config.task, **sensing(config))
     with (

@@ -354,7 +354,12 @@ def test_the_references_of_the_toy_world():
 
 
 def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
-    assert parse(["--task", "finger_spin", "--name", "x"]).batch_length == 50
+    paper = parse(["--task", "finger_spin", "--preset", "paper", "--name", "x"])
+    assert (paper.batch_length, paper.d_f, paper.steps) == (50, 1024, 2_000_000)
+    for preset in ((), ("--preset", "auto"), ("--preset", "small")):  # small is what a CPU gets
+        small = parse(["--task", "finger_spin", "--device", "cpu", *preset, "--name", "x"])
+        assert (small.preset, small.batch_length, small.d_f, small.steps) == ("small", 25, 128, 200_000)
+    assert parse(["--task", "walker_run", "--preset", "small", "--d-f", "7", "--name", "x"]).d_f == 7
     assert parse(["--task", "toy", "--name", "x"]).batch_length == 25
     assert parse(["--task", "toy", "--batch-length", "30", "--name", "x"]).batch_length == 30
     assert set(TASK_DEFAULTS) == {*envs.TOY, "table_wiping"}
