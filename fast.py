@@ -63,7 +63,8 @@ def prepare(device, bfloat16, exact_losses, deterministic):
 def faster_exact_product(size=512):
     """The setting of `torch.set_float32_matmul_precision` whose product is faster on this CPU, and exact to float32.
 
-    "highest" is MKL's, slow on AMD processors. "medium" is oneDNN's: float32 too, unless the processor has AMX.
+    "highest" is MKL's, slow on some AMD processors. "medium" is oneDNN's: float32 too, unless the processor has AMX.
+    It must be faster by far: a choice that hangs on a busy moment would change the last bits of a resumed run.
     """
     before, results = torch.get_float32_matmul_precision(), {}
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
@@ -74,7 +75,7 @@ def faster_exact_product(size=512):
         results[setting] = error, min(seconds(lambda: a @ b) for _ in range(15))
     torch.set_float32_matmul_precision(before)
     (_, mkl), (error, one_dnn) = results["highest"], results["medium"]
-    return "medium" if error < 1e-5 and one_dnn < 0.95 * mkl else "highest"
+    return "medium" if error < 1e-5 and one_dnn < 0.7 * mkl else "highest"
 
 
 def seconds(function):
