@@ -52,7 +52,7 @@ def test_the_plan_says_the_hours_that_were_measured(monkeypatch, tmp_path):
     folder = tmp_path / "results" / "benchmark"
     folder.mkdir(parents=True)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    planned = configs(tasks=("cup_catch",), seeds=(1,))
+    planned = configs("--preset", "paper", tasks=("cup_catch",), seeds=(1,))
     (folder / "cpu.json").write_text(json.dumps({"machine": {"gpu": None}, "training": {"steps_a_second": 2.0}}))
     (folder / "other.json").write_text(json.dumps({"machine": {"gpu": "G8"}, "update": {}}))
     said = sweep.describe(planned, [*planned])
@@ -179,7 +179,7 @@ def test_with_a_worker_killed_and_a_node_lost_all_runs_equal_those_without_ray(c
         task, method, seed = folder.name.split("-")
         run(*TOY, "--steps", 600, "--method", method, "--seed", seed, "--name", f"alone-{folder.name}")
         assert_equal_runs(Path("runs") / f"alone-{folder.name}", folder)
-    assert Path("runs-table.md").read_text() in said and said.count("| toy | position+camera |") == 3
+    assert Path("runs-table.md").read_text() in said and said.count("| toy | position+camera |") == 6  # returns, and every seed
     assert Path("runs-curves.png").exists() and Path("runs-curves.svg").exists()
     references = [json.loads((folder / "evaluation.json").read_text())["references"] for folder in folders]
     assert [list(x) for x in references] == [["toy"], [], [], []] and "The random policy earns" in said
