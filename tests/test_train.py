@@ -312,6 +312,31 @@ def test_a_run_may_move_with_its_backgrounds_but_not_to_others(tmp_path, monkeyp
     assert runs.load_checkpoint("runs/moved")["config"]["backgrounds"] == "there.npy"
 
 
+def test_the_reward_error_is_the_whole_error_over_the_whole_variance(tmp_path):
+    """A batch without a reward has no variance; the mean of the batches' ratios would be anything."""
+    log = runs.Log(tmp_path, 100)
+    for error, variance in ((0.5, 1.0), (0.3, 0.0), (0.1, 0.5)):
+        log.add({"reward_square_error": torch.tensor(error), "reward_variance": torch.tensor(variance)}, None)
+    assert log.means()["reward_error"] == pytest.approx(0.9 / 1.5)
+    log.close()
+
+
+def test_the_bar_counts_from_the_first_learnt_step_and_fits_80_columns(tmp_path, monkeypatch, capsys):
+    log = runs.Log(tmp_path, 2_000_000)
+    log.show(8_000)  # random steps, a thousand times as fast
+    log.learning(8_000)
+    log.bar.start_t = log.learnt[0] - 100  # of tqdm's clock; only differences count
+    monkeypatch.setattr(log.bar, "_time", lambda: log.learnt[0])
+    log.bar.n = 8_100
+    assert log.bar.format_dict["n"] - log.bar.format_dict["initial"] == 100
+    assert log.bar.format_dict["elapsed"] == pytest.approx(100)
+    log.show(8_100, "learning 37 of 400")
+    log.bar.refresh()
+    said = capsys.readouterr().err
+    assert "learning 37 of 400" in said and max(map(len, said.replace("\r", "\n").split("\n"))) <= 80
+    log.close()
+
+
 def test_episodes_beyond_ten_are_those_of_the_references(monkeypatch, tmp_path):
     """Twenty episodes, ten at a time, begin with the seeds that the random policy gets."""
     given = []
