@@ -89,7 +89,7 @@ def choose_device(name):
 class Player:
     """A trained agent that keeps its own memory.
 
-    sensors  {name: shape} that it knows: uint8 colour (64, 64, 3), depth (64, 64, 1) in metres, float vectors (D,).
+    sensors  {name: shape} that it knows: colour (64, 64, 3) uint8, depth (64, 64, 1) in metres, vectors (D,).
              A sensor is missing at a step where its key is absent or any of its values is NaN.
     """
 
@@ -111,17 +111,17 @@ class Player:
         unknown = set(observation) - set(self.sensors)
         if unknown:
             raise ValueError(f"sensor {min(unknown)!r} is unknown: give some of {', '.join(self.sensors)}")
-        arrays = {name: np.asarray(x) for name, x in observation.items()}
-        arrays = {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in arrays.items()}
-        arrays = {name: x for name, x in arrays.items() if x.dtype == np.uint8 or not np.isnan(x).any()}
-        zeros = {
-            name: np.zeros(shape, np.uint8 if len(shape) == 3 and shape[-1] > 1 else np.float32)
-            for name, shape in self.sensors.items()
-        }
-        filled = {name: arrays.get(name, zeros[name]) for name in self.sensors}
-        tensors = {name: torch.as_tensor(x, device=self.agent.device).unsqueeze(0) for name, x in filled.items()}
+        arrays = {}
+        for name, x in observation.items():
+            x = np.asarray(x, np.float32 if len(self.sensors[name]) == 1 else None)
+            if x.dtype == np.uint8 or not np.isnan(x).any():
+                arrays[name] = x
+        tensors, model = {}, self.agent.model
+        for name, shape in self.sensors.items():
+            kind = np.uint8 if len(shape) == 3 and shape[-1] > 1 else np.float32
+            tensors[name] = torch.as_tensor(arrays.get(name, np.zeros(shape, kind)), device=self.agent.device)[None]
         present = torch.tensor([[name in arrays for name in self.sensors]], device=self.agent.device)
-        first, model = torch.zeros(1, dtype=torch.bool, device=self.agent.device), self.agent.model
+        first = torch.zeros(1, dtype=torch.bool, device=self.agent.device)
         filtered = self.agent.filter(self.memory, tensors, present, first)
         self.memory = self.memory._replace(state=model.state(filtered))
         latent, agreement = model.latent(*self.memory.state), {}

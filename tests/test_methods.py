@@ -1,6 +1,7 @@
 """The five methods: their objectives written out, what the configuration reaches, seeds, schedule, batches."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,3 +344,55 @@ def test_each_method_reduces_its_own_loss(method):
     agent, batch = tiny_agent(method, model_lr=3e-3), random_batch()
     losses = [float(agent.update(batch)["model_loss"]) for _ in range(40)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+
+
+# ---- A trained agent, one observation at a time ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a small run."""
+    from test_train import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
+        run("--steps", "200", "--name", "x")
+        yield Path.cwd() / "runs" / "x"
+
+
+def test_a_trained_agent_acts_as_in_evaluation(trained):
+    """The same actions as `evaluate.act` on a vector of one environment; an absent key, NaN and present 0 are one."""
+    import evaluate
+
+    player, agent = methods.load_agent(trained), methods.load_agent(trained).agent
+    assert player.sensors == {"position": (2,), "camera": (64, 64, 3)}
+    memory, camera = agent.initial_memory(1), np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    steps = [({"position": [0.2, 0.7], "camera": camera}, (1, 1)), ({"position": [1, 0]}, (1, 0)),
+             ({"position": [np.nan, 0.5], "camera": camera}, (0, 1)), ({}, (0, 0))]  # fmt: skip
+    for t, (observation, present) in enumerate(steps):
+        filled = {"position": np.nan_to_num(np.float32(observation.get("position", (0, 0)))) * present[0],
+                  "camera": observation.get("camera", 0 * camera)}  # fmt: skip
+        batch = {name: x[None] for name, x in filled.items()} | {"present": np.array([present])}
+        torch.manual_seed(t)
+        expected, memory = evaluate.act(agent, memory, batch, np.array([t == 0]), explore=False)
+        torch.manual_seed(t)
+        action = player.act(observation)
+        assert action.shape == (2,) and np.array_equal(action, expected[0])
+
+
+def test_a_trained_agent_filters_and_tells_how_sensors_agree(trained):
+    player = methods.load_agent(trained)
+    latent, agreement = player.filter({"position": [0.2, 0.7]})
+    assert latent.shape == (player.agent.model.d_h + player.agent.model.d_c,) and list(agreement) == ["position"]
+    assert agreement["position"] <= 0
+    player.reset()
+    assert player.memory.state.h.abs().sum() == 0
+
+
+@pytest.mark.parametrize("observation, said", [
+    ({"lidar": [1.0]}, "'lidar' is unknown"), ({"position": [1.0]}, "'position' is"),
+    ({"camera": np.zeros((64, 64, 3))}, "'camera' is"),
+])  # fmt: skip
+def test_a_trained_agent_refuses_what_it_does_not_know(trained, observation, said):
+    with pytest.raises(ValueError, match=said):
+        methods.load_agent(trained).act(observation)
