@@ -198,16 +198,14 @@ class Agent:
     """
 
     def __init__(self, model, objective, action_size, units=400, horizon=15, discount=0.99, return_lambda=0.95,
-                 continuation=False, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
-                 mpc_rate=0.003, mpc_iterations=1, exploration=0.3, sample_in_evaluation=False,
-                 device="cpu"):  # fmt: skip
+                 continuation=False, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0, device="cpu",
+                 mpc_rate=0.003, mpc_iterations=1, exploration=0.3, sample_in_evaluation=False):  # fmt: skip
         if horizon < 2:
             raise ValueError(f"horizon is {horizon}; give 2 or more, as the last imagined state only ends the return")
         self.device, self.action_size, self.horizon, self.clip = torch.device(device), action_size, horizon, clip
         self.discount, self.return_lambda, self.continuation = discount, return_lambda, continuation
-        self.mpc_rate, self.mpc_iterations, self.exploration = mpc_rate, mpc_iterations, exploration
-        self.sample_in_evaluation = sample_in_evaluation
-
+        self.mpc_rate, self.mpc_iterations = mpc_rate, mpc_iterations
+        self.exploration, self.sample_in_evaluation = exploration, sample_in_evaluation
         self.model, self.objective = model.to(self.device), objective
         latent_size = model.latent(*model.initial_state(1, self.device)).shape[-1]
         self.actor = Actor(latent_size, action_size, units, initial_std).to(self.device)
