@@ -198,8 +198,8 @@ class Agent:
     """
 
     def __init__(self, model, objective, action_size, units=400, horizon=15, discount=0.99, return_lambda=0.95,
-                 continuation=False, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0, device="cpu",
-                 mpc_rate=0.003, mpc_iterations=1, exploration=0.3, sample_in_evaluation=False):  # fmt: skip
+                 continuation=False, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
+                 mpc_rate=0.003, mpc_iterations=1, exploration=0.3, sample_in_evaluation=False, device="cpu"):
         if horizon < 2:
             raise ValueError(f"horizon is {horizon}; give 2 or more, as the last imagined state only ends the return")
         self.device, self.action_size, self.horizon, self.clip = torch.device(device), action_size, horizon, clip
