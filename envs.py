@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -106,6 +107,8 @@ def released_schedule(steps, rate, max_length, rng):
 
 
 SCHEDULES = {"exact": missing_schedule, "released": released_schedule}
+FAULTS = ("black", "noise", "frozen", "other", "occluded", "bias", "delayed")
+DELAY = 5  # decisions
 
 
 # ---- 2. Sensors that drop out, around any environment ----
@@ -193,6 +196,114 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         zeros = {name: np.zeros(space.shape, space.dtype) for name, space in self.sensors.items()}
         seen = {name: readings[name] for name in self.working()}
         return zeros | seen | {"present": (~self.missing[self.t]).astype(np.int8)}
+
+
+class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
+    """Let sensors give something else than what is there: nobody flags it, `present` is 1.
+
+    env      an environment with the attribute `wanted`, see `MissingSensors`, which goes around this wrapper
+    faults   {sensor: fault}
+    rate     fraction of each of these sensors' readings, in segments as of `missing_schedule`, in [0, 1)
+    another  an environment of the same kind for the fault "other"
+
+    black     zeros                             frozen    the last good reading, again and again
+    noise     random values of the whole range  other     what another episode gives under the same actions
+    occluded  a patch drifts over half of it    delayed   the reading of DELAY steps ago
+    bias      a vector shifted by a quarter of its range, a picture by 8 pixels, each time another way
+
+    `info["lying"]` (M,) int8 tells the truth: 1 where a sensor lies. Raises ValueError for what no sensor can do.
+    """
+
+    def __init__(self, env, faults, rate=0.5, another=None):
+        self.env: Any
+        RecordConstructorArgs.__init__(self, faults=faults, rate=rate, another=another)
+        gymnasium.Wrapper.__init__(self, env)
+        self.sensors, self.faults = dict(env.observation_space.items()), dict(faults)
+        self.rate, self.another = rate, another
+        for name, fault in self.faults.items():
+            if name not in self.sensors or fault not in FAULTS:
+                raise ValueError(f"{name}={fault} is no fault; give a sensor of {', '.join(self.sensors)}, and one of "
+                                 + ", ".join(FAULTS))  # fmt: skip
+            if fault == "occluded" and len(self.sensors[name].shape) == 1:
+                raise ValueError(f"{name}=occluded: a vector has no patch; choose another fault")
+            if fault == "other" and another is None:
+                raise ValueError(f"{name}=other: give `another` environment, whose readings these are")
+        if not 0 <= rate < 1:
+            raise ValueError(f"the rate of faults is {rate}; choose one in [0, 1)")
+        self.wanted, self.generator = list(self.sensors), None
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None or self.generator is None:
+            self.generator = np.random.default_rng(seed)
+        *_, self.rng = self.generator.spawn(3)  # the first two are `World`'s and `MissingSensors`'
+        steps = self.env.get_wrapper_attr("episode_steps") if self.env.has_wrapper_attr("episode_steps") else None
+        steps = steps + 1 if steps else BLOCK
+        schedules = {s: missing_schedule(steps, self.rate, MAX_SEGMENT, self.rng) for s in self.faults}
+        never = np.zeros(steps, bool)
+        self.lies, self.t = np.stack([schedules.get(s, never) for s in self.sensors], 1), 0  # (steps, M)
+        self.good: dict = {name: deque(maxlen=DELAY + 1) for name in self.faults}  # a sensor's last true readings
+        self.manner: dict = {}  # how a sensor lies in this segment
+        self.env.wanted = {*self.wanted, *self.faults}
+        observation, info = self.env.reset(seed=seed, options=options)
+        if self.another:
+            self.another.wanted = self.env.wanted
+            self.others, _ = self.another.reset(seed=int(self.rng.integers(2**31)))
+        return self.lie(observation, info)
+
+    def step(self, action):
+        self.t += 1
+        self.env.wanted = {*self.wanted, *self.faults}
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.another:
+            self.others, _, over, late, _ = self.another.step(action)
+            if over or late:
+                self.others, _ = self.another.reset()
+        observation, info = self.lie(observation, info)
+        return observation, reward, terminated, truncated, info
+
+    def lie(self, observation, info):
+        """The observation with this step's lies, and the truth about them in `info`."""
+        lying = dict(zip(self.sensors, self.lies[self.t % len(self.lies)]))  # a ring: without a time limit it goes round
+        for name, fault in self.faults.items():
+            x, box = observation[name], self.sensors[name]
+            lying[name] &= fault != "frozen" or len(self.good[name]) > 0  # else there is nothing to repeat as yet
+            if fault == "delayed" or not lying[name]:
+                self.good[name].append(x)
+            if lying[name]:
+                manner = self.manner.setdefault(name, self.rng.uniform(-1, 1, 4))
+                observation[name] = self.reading(name, fault, x, box, manner).astype(box.dtype)
+            else:
+                self.manner.pop(name, None)
+        return observation, info | {"lying": np.array([*lying.values()], np.int8)}
+
+    def reading(self, name, fault, x, box, manner):
+        """What the sensor gives instead of x; manner (4,) in [-1, 1] stays the same in a segment."""
+        span = np.where(np.isfinite(box.high) & np.isfinite(box.low), box.high.astype(float) - box.low, 2 + 2 * abs(x))
+        if fault == "black":
+            return np.zeros_like(x)
+        if fault == "noise":
+            return box.low + span * self.rng.random(x.shape) if box.is_bounded() else x + self.rng.normal(0, span)
+        if fault == "other":
+            return self.others[name]
+        if fault == "frozen":
+            return self.good[name][-1]
+        if fault == "delayed":
+            return self.good[name][0]
+        if fault == "bias" and x.ndim == 1:
+            return np.clip(x + np.sign(np.resize(manner, len(x))) * span / 4, box.low, box.high)
+        if fault == "bias":
+            return np.roll(x, np.where(manner[:2] < 0, -8, 8), (0, 1))
+        half = round(SIZE / 2**0.5)  # the side of a square of half the picture
+        corner = (SIZE - half) * (0.5 + 0.5 * np.sin(3 * manner[:2] + 0.2 * manner[2:] * self.t))
+        row, column = corner.astype(int)
+        x = x.copy()
+        x[row : row + half, column : column + half] = 0
+        return x
+
+    def close(self):
+        self.env.close()
+        if self.another:
+            self.another.close()
 
 
 class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
@@ -613,7 +724,7 @@ class ToyCamera:
 
 
 def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="train",
-             missing_process="exact", remove=(), randomize=None, task_kwargs=None):
+             missing_process="exact", remove=(), randomize=None, task_kwargs=None, faults=None, fault_rate=0.5):
     """Make one environment; its first `reset()` follows from the seed.
 
     task             one of TASKS, or what `gymnasium.make` takes: "Hopper-v5", "my_package:Reach-v0"
@@ -625,6 +736,7 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
     remove           names of sensors that are missing for good                     Table II
     randomize        domain randomisation of Table Wiping; by default in the "train" split only
     task_kwargs      arguments of `gymnasium.make`; {"render_mode": "rgb_array"} adds a sensor `camera`
+    faults           {sensor: fault} that nobody flags, and at which rate, see `LyingSensors`
 
     Raises ValueError for anything else, or if Table Wiping lacks robosuite.
     """
@@ -635,17 +747,24 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
                                       ("task_kwargs", task_kwargs, task not in TASKS, "gymnasium.make")):
         if given and not allowed:
             raise ValueError(f"{name} is for {who}; {task} has none: leave it out")
+    make = partial(make_world, task, backgrounds, split, randomize, task_kwargs or {})
+    env = make()
+    if faults:
+        env = LyingSensors(env, faults, fault_rate, make() if "other" in faults.values() else None)
+    return MissingSensors(env, missing_rate, missing_process, remove, seed)
+
+
+def make_world(task, backgrounds, split, randomize, task_kwargs):
+    """The environment of a task, whose sensors all work and tell the truth. Arguments as of `make_env`."""
     if task in TOY:
-        env = ToyWorld(TOY[task])
-    elif task in SUITE:
-        env = ControlSuite(*SUITE[task], open_backgrounds(backgrounds, split))
-    elif task == "table_wiping":
+        return ToyWorld(TOY[task])
+    if task in SUITE:
+        return ControlSuite(*SUITE[task], open_backgrounds(backgrounds, split))
+    if task == "table_wiping":
         from wiping import TableWiping
 
-        env = TableWiping(split == "train" if randomize is None else randomize)
-    else:
-        env = make_gymnasium(task, task_kwargs or {})
-    return MissingSensors(env, missing_rate, missing_process, remove, seed)
+        return TableWiping(split == "train" if randomize is None else randomize)
+    return FitSpaces(make_gymnasium(task, task_kwargs))
 
 
 def make_gymnasium(task, task_kwargs):
