@@ -104,7 +104,7 @@ def follow(agent, envs, episode_seeds, check, film):
         if film and (picture := envs.call("view")[0]) is not None:
             seen[-1]["rendered"] = square(picture, SIDE)
         observation, reward, terminated, truncated, _ = envs.step(action)
-        seen[-1]["reward"] = reward * running
+        seen[-1]["reward"] = np.where(running, reward, np.nan)
         total += reward * running
         running &= ~(terminated | truncated)
         first = np.zeros(envs.num_envs, bool)

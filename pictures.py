@@ -5,8 +5,8 @@
 
 seen  one dictionary a decision, from `evaluate.run_episodes`: every sensor (num_envs, ...), zeros where
       missing; present (num_envs, M); action (num_envs, A), chosen there; reward (num_envs,), that it
-      earned; rendered (H, W, 3) uint8, the first world as it is, if it can be rendered. Everything
-      here shows the first environment.
+      earned, NaN after its episode; rendered (H, W, 3) uint8, the first world as it is, if it can be
+      rendered. Everything here shows the first environment.
 
 Shapes: T decisions, M sensors, A action size, D_f size of the fused code.
 """
@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mssm import MAX_DEPTH, MIN_STD
 from mummi_loss import info_nce, log_density_ratio, log_inner_product, mutual_information
@@ -72,29 +72,24 @@ def bars(values, low, high, texts, side=128, gap=2):
 
 
 def limits_of(values):
-    """The lowest and the highest of all numbers, with 0 between them."""
+    """The lowest and the highest of all numbers and of 0."""
     numbers = np.concatenate([np.ravel(x) for x in values] or [[]])
     numbers = numbers[np.isfinite(numbers)]
-    low, high = min(0.0, numbers.min(initial=0)), max(0.0, numbers.max(initial=0))
+    low, high = float(numbers.min(initial=0)), float(numbers.max(initial=0))
     return (low, high) if low < high else (0.0, 1.0)
 
 
-def limits_of_sensors(seen):
-    """{name: (lowest, highest)} of every vector where it was present."""
+def limits_of_vectors(seen):
+    """{name: `limits_of` its readings} of every sensor that is a vector."""
     readings = lambda m, name: [step[name][0] for step in seen if step["present"][0, m]]  # noqa: E731
-    vectors = [(m, name) for m, name in enumerate(sensors(seen)) if seen[0][name].ndim == 2]
-    return {name: limits_of(readings(m, name)) for m, name in vectors}
+    return {x: limits_of(readings(m, x)) for m, x in enumerate(sensors(seen)) if seen[0][x].ndim == 2}
 
 
 def square(picture, side):
     """A picture of any size, as large as it can be in a black square (side, side, 3) uint8."""
     image = Image.fromarray(np.asarray(picture, np.uint8)).convert("RGB")
-    scale = side / max(image.size)
-    width, height = (max(1, round(scale * n)) for n in image.size)
-    image = image.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)
-    canvas = Image.new("RGB", (side, side))
-    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-    return np.asarray(canvas)
+    way = Image.Resampling.BOX if max(image.size) > side else Image.Resampling.NEAREST
+    return np.asarray(ImageOps.pad(image, (side, side), way))
 
 
 def labelled(picture, label, side=128, alarm=False):
@@ -125,6 +120,11 @@ def wrapped(pictures, most=5):
     return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
 
 
+def first_episode(seen):
+    """Without the decisions that waited for other environments, which have no reward."""
+    return [step for step in seen if not np.isnan(step["reward"][0])]
+
+
 def sensors(seen):
     """Names of the modalities, in the order of `present`."""
     return [name for name in seen[0] if name not in NO_SENSOR]
@@ -135,22 +135,21 @@ def sensors(seen):
 
 def frames(seen, every=1):
     """The world, what the agent saw of it, its action and its reward, decision by decision: pictures of one size."""
-    limits, rewards = limits_of_sensors(seen), [float(step["reward"][0]) for step in seen]
-    span = lambda low, high: f"{low:.3g} to {high:.3g}"  # noqa: E731
+    seen = first_episode(seen)
+    rewards = [float(step["reward"][0]) for step in seen]
+    limits = limits_of_vectors(seen) | {"reward": limits_of(rewards), "action": (-1, 1)}
+    labels = {name: f"{name}, {low:.3g} to {high:.3g}" for name, (low, high) in limits.items()}
     for t in range(0, len(seen), every):
         step, here, panels = seen[t], seen[t]["present"][0], []
         if "rendered" in step:
             text = f"world; {sum(here)} of {len(here)} sensors work"
             panels.append(labelled(step["rendered"], text, SIDE, alarm=not any(here)))
-        for name, p in zip(sensors(seen), here):
-            label = f"{name}, {span(*limits[name])}" if name in limits else name
+        for name, p in zip([*sensors(seen), "action"], [*here, 1]):
             shown = panel(step[name][0], p, limits.get(name), SIDE)
-            panels.append(labelled(shown, label if p else f"{name}: missing", SIDE, alarm=not p))
-        panels.append(labelled(panel(step["action"][0], True, (-1, 1), SIDE), "action, -1 to 1", SIDE))
-        ends = limits_of(rewards)
+            panels.append(labelled(shown, labels.get(name, name) if p else f"{name}: missing", SIDE, alarm=not p))
         text = f"now {rewards[t]:.2f}, sum {sum(rewards[: t + 1]):.1f}"
-        last = ([math.nan] * 64 + rewards[: t + 1])[-64:]
-        panels.append(labelled(bars(last, *ends, [text], SIDE, gap=0), f"reward, {span(*ends)}", SIDE))
+        last = [math.nan] * (63 - t) + rewards[max(0, t - 63) : t + 1]
+        panels.append(labelled(bars(last, *limits["reward"], [text], SIDE, gap=0), labels["reward"], SIDE))
         yield grid(wrapped(panels))
 
 
@@ -172,7 +171,7 @@ def write_video(path, seen, fps=20):
 
 def gif(seen, most=60, fps=10):
     """An episode in at most so many frames, as the bytes of a GIF: what TensorBoard can play."""
-    every = math.ceil(len(seen) / most)
+    every = math.ceil(len(first_episode(seen)) / most)
     first, *others = [Image.fromarray(x) for x in frames(seen, every=every)]
     data = io.BytesIO()
     first.save(data, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
@@ -199,7 +198,7 @@ def in_units(x):
 
 def seen_picture(seen, moments=8):
     """Moments of the episode, a row a sensor, crossed out where missing."""
-    times, limits = np.linspace(0, len(seen) - 1, moments).astype(int), limits_of_sensors(seen)
+    times, limits = np.linspace(0, len(seen) - 1, moments).astype(int), limits_of_vectors(seen)
     rows = [[labelled(seen[t]["rendered"], f"world, t = {t}") for t in times]] if "rendered" in seen[0] else []
     for m, name in enumerate(sensors(seen)):
         shown = [panel(seen[t][name][0], seen[t]["present"][0, m], limits.get(name)) for t in times]
@@ -224,7 +223,7 @@ def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
         if decoded[name].ndim == 2:  # a vector, in its own units
             decoded[name] = decoded[name] * getattr(model, f"std_{m}") + getattr(model, f"mean_{m}")
     times = [0, given - 1] + [given - 1 + k for k in ahead if given - 1 + k < len(latents)]
-    rows, limits = [], limits_of_sensors(seen)
+    rows, limits = [], limits_of_vectors(seen)
     for m, name in enumerate(sensors(seen)):
         kinds = ["model, seen so far" if t < given else f"imagined, {t - given + 1} ahead" for t in times]
         shown = [panel(seen[t][name][0], seen[t]["present"][0, m], limits.get(name)) for t in times]
@@ -310,7 +309,7 @@ def similarity_picture(model, seen, fused_too, most=100):
 @torch.no_grad()
 def of_evaluation(model, seen, method):
     """{name: picture} of an evaluation's first episode: whatever the model of that method has the heads for."""
-    device = next(model.parameters()).device
+    seen, device = first_episode(seen), next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing of what follows
         pictures = {"seen": seen_picture(seen)}
         if hasattr(model, "decoders"):
