@@ -170,12 +170,12 @@ def test_seven_sensors_in_a_video_of_a_thousand_pixels(tmp_path, rendered):
         low, high = pictures.limits_of_vectors(seen)[f"v{i}"]
         assert says(exact, column, f"v{i}, {low:.3g} to {high:.3g}", row=row)
     assert says(exact, 3 if rendered else 2, "action, -1 to 1", row=1)
-    assert rendered or (exact[222:, 4 * 196 :] == 255).all(), "white where there is no panel"
+    assert rendered or (exact[222:, 4 * 196 :] == pictures.PAPER).all(), "empty where there is no panel"
 
 
 @pytest.mark.parametrize("n", range(1, 40))
 def test_any_number_of_panels_fits(n):
-    picture = pictures.grid(pictures.wrapped([np.zeros((216, 192, 3), np.uint8)] * n))
+    picture = pictures.grid([np.zeros((216, 192, 3), np.uint8)] * n)
     height, width, _ = picture.shape
     assert width <= 1000 and height % 2 == width % 2 == 0
     assert (picture == 0).all(-1).sum() == n * 216 * 192, "none is lost"
@@ -282,8 +282,12 @@ def test_the_video_and_the_gif_have_the_frames(seen, tmp_path):
     means = [frame[50:100, 10:100].mean() for frame in frames]  # rgb grows brighter by 5 a step
     np.testing.assert_allclose(np.diff(means), 5, atol=3)
     (tmp_path / "a.gif").write_bytes(pictures.gif(seen, most=10))
+    exact = list(pictures.frames(seen, every=4))
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 10
+        for i in (0, 5):
+            image.seek(i)
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - exact[i]).mean() < 5
 
 
 def test_in_units_is_the_inverse_of_normalise():
