@@ -6,6 +6,7 @@ method are pooled over their seeds. The table shows ours and, in brackets, the p
 and written to `<output>.md`, `.csv` (a line a seed) and `.json` (every episode).
 
     python evaluate.py runs/toy-mummi-1                         # Table I: the paper's three rates
+    python evaluate.py runs/toy-mummi-1 --video                 # and a film at each of them
     python evaluate.py runs/table_wiping-* --remove workspace   # Table II: all sensors, then without one
     python evaluate.py runs/* --sensors all --calibration       # every subset of the sensors, and why
 """
@@ -368,7 +369,9 @@ def main(options):
             row = [r["task"], r["method"], r["seed"], r["steps"], r["sensors"], r["missing"]]
             writer.writerow([*row, round(returns.mean(), 2), round(returns.std(), 2), len(returns)])
     say(table.rstrip("\n"))
-    say(f"{path}.md, .json and .csv written", sys.stderr)
+    films, runs = f" and films {path}-*.mp4" * options.video, " ".join(options.runs)
+    then = f"-m tools.plot {runs}" if films or len(options.runs) > 1 else f"evaluate.py {runs} --video"
+    say(f"{path}.md, .json, .csv{films} written; next: python {then}", sys.stderr)
 
 
 if __name__ == "__main__":

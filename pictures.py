@@ -47,15 +47,15 @@ def panel(x, present=True, limits=(0, 1), side=128):
     if x.ndim == 3:  # metres: near is white, nothing within 10 m black
         grey = (255 * (1 - np.clip(x, 0, MAX_DEPTH) / MAX_DEPTH)).astype(np.uint8)
         return np.repeat(grey, 3, axis=-1)
-    return bars(x, *limits, [f"{i}: {value:.2f}" if len(x) < 4 else f"{i}" for i, value in enumerate(x)], side)
+    return bars(x, limits, [f"{i}: {value:.2f}" if len(x) < 4 else f"{i}" for i, value in enumerate(x)], side)
 
 
-def bars(values, low, high, texts, side=128, gap=2):
+def bars(values, limits, texts, side=128, gap=2):
     """Values as bars from the line of 0, green up and orange down. (D,) -> (side, side, 3) uint8
 
     texts  below the bars, side by side; left out where there is no room
     """
-    picture, height = np.full((side, side, 3), 30, np.uint8), side - STRIP
+    (low, high), picture, height = limits, np.full((side, side, 3), 30, np.uint8), side - STRIP
     row = lambda value: round((height - 1) * float((high - np.clip(value, low, high)) / (high - low)))  # noqa: E731
     for i, value in enumerate(values):
         if not np.isnan(value):
@@ -142,7 +142,7 @@ def frames(seen, every=1):
             panels.append(labelled(shown, labels.get(name, name) if p else f"{name}: missing", SIDE, alarm=not p))
         text = f"now {rewards[t]:.2f}, sum {sum(rewards[: t + 1]):.1f}"
         last = [math.nan] * (63 - t) + rewards[max(0, t - 63) : t + 1]
-        panels.append(labelled(bars(last, *limits["reward"], [text], SIDE, gap=0), labels["reward"], SIDE))
+        panels.append(labelled(bars(last, limits["reward"], [text], SIDE, gap=0), labels["reward"], SIDE))
         yield grid(panels)
 
 

@@ -89,7 +89,7 @@ def learn(agent, batches, config, log, progress, check):
             log.show(progress.steps, f"learning {progress.updates} of {config.first_updates}")
         if progress.updates == 2 and agent.device.type == "cpu":
             left = (updates_due(config, config.steps) - 2) * (time.perf_counter() - started)
-            text = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.0f} minutes"
+            text = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.0f} min" if left > 60 else "a minute"
             say(f"no GPU: all updates will take about {text} on this CPU")
         if progress.updates % config.log_every == 0:
             log.write(progress.steps, {"updates": progress.updates, **log.means()})
@@ -193,7 +193,7 @@ def main(config):
                 replay.cut(config.batch_length)
                 save()
                 raise
-    say(f"{folder}: next, python evaluate.py {folder}")
+    say(f"{folder}: trained for {progress.steps:,} steps; next: python evaluate.py {folder}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_panels_show_each_kind_of_sensor():
 @pytest.mark.parametrize("value, low, high", [
     (0.25, 0, 1), (1, 0, 1), (-1, -1, 1), (0.5, -1, 1), (-0.5, -1, 1), (-12, -16, 0), (300, -100, 500), (900, -100, 500)])  # fmt: skip
 def test_bars_are_as_long_as_their_values(value, low, high):
-    picture = pictures.bars(np.array([value, 0.0]), low, high, [])
+    picture = pictures.bars(np.array([value, 0.0]), (low, high), [])
     height = 128 - pictures.STRIP - 1
     bar, other = rows_of(picture, GREEN if value >= 0 else ORANGE, 10), rows_of(picture, ORANGE if value >= 0 else GREEN, 10)
     assert len(other) == 0
@@ -89,7 +89,7 @@ def test_bars_are_as_long_as_their_values(value, low, high):
 
 
 def test_what_is_no_number_has_no_bar():
-    picture = pictures.bars(np.array([np.nan, 1.0]), 0, 1, [])
+    picture = pictures.bars(np.array([np.nan, 1.0]), (0, 1), [])
     assert len(rows_of(picture, GREEN, 10)) == 0 and len(rows_of(picture, GREEN, 100)) > 100
 
 
