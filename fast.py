@@ -181,6 +181,44 @@ def plain(layer):
     return {layer: (layer.weight, layer.bias)}
 
 
+# ---- 3. What is absent is not computed, on a CPU -------------------------------------------------
+
+PRESENT: ContextVar = ContextVar("{network: rows that it computes} in this thread", default={})  # noqa: B039
+
+
+@contextmanager
+def present_rows(networks, present):
+    """Inside this context, the network of each modality computes only the rows at which it is present (..., M).
+
+    The number of rows is rounded up to one of 16, since oneDNN compiles a convolution for each number. On a GPU,
+    where shapes must not depend on values, the networks compute all rows.
+    """
+    rows = {}
+    if present.device.type == "cpu":
+        for network, here in zip(networks, present.flatten(0, -2).unbind(-1)):
+            unit = -(-len(here) // 16)
+            count = min(len(here), unit * max(1, -(-int(here.sum()) // unit)))
+            rows[network] = here.int().argsort(descending=True, stable=True)[:count] if count < len(here) else None
+    token = PRESENT.set(rows)
+    try:
+        yield
+    finally:
+        PRESENT.reset(token)
+
+
+class PresentRows(nn.Sequential):
+    """A network that gives zeros for the rows that `present_rows` leaves out. Nothing reads them."""
+
+    def forward(self, x):
+        rows = PRESENT.get().get(self)
+        if rows is None:
+            return super().forward(x)
+        flat = x if x.ndim == 4 else x.flatten(0, -2)  # (N, C, 64, 64) or (N, D)
+        y = super().forward(flat[rows])
+        y = y.new_zeros(len(flat), y.shape[-1]).index_copy(0, rows, y)
+        return y if x.ndim == 4 else y.view(*x.shape[:-1], -1)
+
+
 class FastMSSM(MSSM):
     """An MSSM whose loop over time takes fewer products, under autocast if `bfloat16` is set."""
 
@@ -189,6 +227,16 @@ class FastMSSM(MSSM):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         use_step_linear(self.transition_in, self.gru_x, self.gru_h, self.prior_net, self.posterior_net)
+        for network in (*self.encoders, *getattr(self, "experts", ())):
+            network.__class__ = PresentRows
+
+    def encode(self, observation, present):
+        with present_rows(self.encoders, present):
+            return super().encode(observation, present)
+
+    def fuse(self, features, present):
+        with present_rows(getattr(self, "experts", ()), present):
+            return super().fuse(features, present)
 
     def observe(self, observation, present, action, state=None):
         posterior_in, _, posterior_out = self.posterior_net
@@ -203,7 +251,7 @@ class FastMSSM(MSSM):
         return super().posterior_from_h(h) if steps is None else steps(h)[self.posterior_net[0]]
 
 
-# ---- 3. Fewer kernels on a GPU -------------------------------------------------------------------
+# ---- 4. Fewer kernels on a GPU -------------------------------------------------------------------
 
 COMPILED = {
     mssm: "gaussian sample scale product_of_experts gru add_elu posterior_or_prior".split(),
@@ -272,7 +320,7 @@ class CudaGraph:
         return tree_map(torch.clone, result)
 
 
-# ---- 4. The agent --------------------------------------------------------------------------------
+# ---- 5. The agent --------------------------------------------------------------------------------
 
 
 class FastAgent(Agent):
