@@ -245,10 +245,12 @@ class PresentRows(nn.Sequential):
         rows = PRESENT.get().get(self)
         if rows is None:
             return super().forward(x)
-        flat = x if x.ndim == 4 else x.flatten(0, -2)  # (N, C, 64, 64) or (N, D)
-        y = super().forward(flat[rows])
+        image = x.ndim == 4
+        flat = x.movedim(1, -1) if image else x.flatten(0, -2)  # (N, 64, 64, C), as in memory, or (N, D)
+        there = flat.index_select(0, rows)
+        y = super().forward(there.movedim(-1, 1) if image else there)
         y = y.new_zeros(len(flat), y.shape[-1]).index_copy(0, rows, y)
-        return y if x.ndim == 4 else y.view(*x.shape[:-1], -1)
+        return y if image else y.view(*x.shape[:-1], -1)
 
 
 class FastConv(nn.Conv2d):
