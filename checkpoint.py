@@ -309,6 +309,7 @@ class Log:
         try:
             if text is not None:
                 self.bar.set_postfix_str(text, refresh=steps == self.bar.n)
+            self.bar.total = max(self.bar.total, steps)  # whole episodes may lead past the end
             self.bar.update(steps - self.bar.n)
         except (OSError, ValueError):  # nobody reads it
             self.bar.disable = True
@@ -319,6 +320,7 @@ class Log:
         if self.learnt is None:
             self.learnt = time.monotonic(), steps
             self.bar.initial, self.bar.start_t = self.bar.n, self.bar._time()
+            self.bar.last_print_t = self.bar.start_t
 
     def steps_per_second(self, steps):
         """Environment steps a second since the first learnt step."""

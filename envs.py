@@ -44,7 +44,7 @@ DEPTH = Box(0, MAX_DEPTH, (SIZE, SIZE, 1), np.float32)
 MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # OpenGL without a GPU, on Debian and Ubuntu
 MAX_SEGMENT = 14  # decisions, the longest missing segment  [code] config
 BLOCK = 1000  # decisions for which missing data are drawn at a time where episodes have no time limit
-RESERVED = ("present", "action", "reward", "continues", "serial")  # what the replay keeps beside the sensors
+RESERVED = ("present", "action", "reward", "continues", "serial", "rendered")  # what is kept beside the sensors
 
 SUITE = {  # task: domain, task, size of the action, number of touch sensors
     "finger_spin": ("finger", "spin", 2, 2),
@@ -124,7 +124,8 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
     seed             of the first `reset()`
 
     Observations are a dictionary: each sensor's reading, zero where missing, and `present` (M,) last. `missing`
-    (steps, M) is the schedule; `render()` gives a picture that no failure spoils. Before each step, `env.wanted` is
+    (steps, M) is the schedule; `render()` gives a picture that no failure spoils, and so does `view()`, but only where
+    `filmed` is set: a vector environment asks all of its environments, and films one. Before each step, `env.wanted` is
     set to the names of the sensors that work: the environment need not render the others.
     """
 
@@ -141,7 +142,7 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         if missing_process == "released" and missing_rate not in RELEASED_START:
             raise ValueError(f"missing_rate is {missing_rate}; the released process has 0, 0.375, 0.75")
         for name in set(self.sensors) & set(RESERVED):
-            raise ValueError(f"a sensor is named {name!r}, as something else in the replay is; rename the sensor")
+            raise ValueError(f"a sensor is named {name!r}, as something else that is kept is; rename the sensor")
         if not set(remove) < set(self.sensors):
             raise ValueError(f"remove is {remove}; choose some of {', '.join(self.sensors)}, not all")
         self.missing_rate, self.missing_process = missing_rate, missing_process
@@ -154,7 +155,7 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         self.action_repeat, self.episode_steps, self.can_terminate = (
             env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default for name, default in known.items()
         )
-        self.first_seed, self.generator, self.under_way = seed, None, False
+        self.first_seed, self.generator, self.under_way, self.filmed = seed, None, False, False
 
     def reset(self, *, seed=None, options=None):
         """Start an episode; a seed reseeds the environment and the missing data."""
@@ -180,6 +181,9 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.under_way = not (terminated or truncated)
         return self.observe(observation), reward, terminated, truncated, info
+
+    def view(self):
+        return self.render() if self.filmed and self.render_mode == "rgb_array" else None
 
     def draw_missing(self):
         """(steps, M) bool: an episode's schedule, or that of the next BLOCK steps where there is no time limit."""
@@ -684,18 +688,23 @@ class ToyWorld(World):
         return {"position": self.position}
 
     def render(self):
-        return ToyCamera("camera").draw(*self.position)
+        """The square from above, three times as large as a sensor shows it, with a ring around the goal."""
+        camera = ToyCamera("camera", 3 * SIZE)
+        distance = np.abs(np.hypot(camera.x - TOY_GOAL[0], camera.y - TOY_GOAL[1]) - 1.25 * TOY_RADIUS)
+        ring = np.clip((0.01 - distance) / camera.span + 0.5, 0, 1)[..., None]
+        return ((1 - ring) * camera.draw(*self.position) + ring * (0, 90, 200)).astype(np.uint8)
 
 
 class ToyCamera:
     """Draw the tiled floor and the disc as one camera sees them.
 
     name  "camera" on the ceiling, "front" outside the wall y = 0, "rear" outside y = 1
+    size  pixels, height and width; every sensor has SIZE
     """
 
-    def __init__(self, name):
+    def __init__(self, name, size=SIZE):
         # The point of the floor that each pixel shows, and the length that it covers there.
-        row, column = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
+        row, column = (np.mgrid[:size, :size].astype(np.float32) + 0.5) * (SIZE / size)
         if name == "camera":
             self.x, self.y = 1.2 * column / SIZE - 0.1, 1.1 - 1.2 * row / SIZE
             self.span = 1.2 / SIZE
@@ -707,6 +716,7 @@ class ToyCamera:
             self.x = 0.5 + right if name == "front" else 0.5 - right
             self.y = distance - 1 if name == "front" else 2 - distance
             self.span = distance**1.5 / 60  # the mean of a pixel's width and depth
+        self.span = self.span * (SIZE / size)
         inside = (np.abs(self.x - 0.5) <= 0.5) & (np.abs(self.y - 0.5) <= 0.5)
         tile = (np.floor(4 * self.x) + np.floor(4 * self.y)) % 2
         grey = np.where(inside, 190 + 20 * tile, 90)[..., None]
@@ -714,7 +724,7 @@ class ToyCamera:
         self.disc = np.array([220, 60, 40], np.float32) - self.floor
 
     def draw(self, x, y):
-        """The picture (64, 64, 3) uint8 with the disc, anti-aliased, at (x, y)."""
+        """The picture (size, size, 3) uint8 with the disc, anti-aliased, at (x, y)."""
         distance = np.hypot(self.x - x, self.y - y)
         cover = np.clip((TOY_RADIUS - distance) / self.span + 0.5, 0, 1)
         return (self.floor + cover[..., None] * self.disc).astype(np.uint8)

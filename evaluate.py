@@ -6,6 +6,7 @@ method are pooled over their seeds. The table shows ours and, in brackets, the p
 and written to `<output>.md`, `.csv` (a line a seed) and `.json` (every episode).
 
     python evaluate.py runs/toy-mummi-1                         # Table I: the paper's three rates
+    python evaluate.py runs/toy-mummi-1 --video                 # and a film at each of them
     python evaluate.py runs/table_wiping-* --remove workspace   # Table II: all sensors, then without one
     python evaluate.py runs/* --sensors all --calibration       # every subset of the sensors, and why
 """
@@ -31,7 +32,7 @@ from config import check_comparable, make_config, sensing
 from envs import seeds
 from fast import restart_with_quiet_threads
 from methods import METHODS, choose_device, make_agent
-from pictures import write_video
+from pictures import SIDE, square, write_video
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 TABLE_II = ("Medium", "None")
@@ -52,7 +53,7 @@ class Options:
     seed: int = 1000  # of the episodes, the same for every run
     output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs runs/evaluation
     randomize: bool = False  # table_wiping with domain randomisation, as in training
-    video: bool = False  # write <output>-<rate>.mp4, the first episode: sensors, actions, reward
+    video: bool = False  # write <output>-<rate>.mp4, the first episode: world, sensors, actions, reward
     device: str = "auto"  # auto, cpu, cuda or cuda:1
     label: tuple[str, ...] = ()  # options in which runs differ, told in the table, like free_nats
     missing_process: str = "exact"  # exact or released, see Dev. D7
@@ -77,19 +78,22 @@ def act(agent, memory, observation, first, explore):
     return action.float().cpu().numpy(), memory
 
 
-def run_episodes(agent, envs, episode_seeds, check=lambda: None):
+def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False):
     """One episode in each environment, from the seed given for it, without exploration or learning.
 
     check    called at every step: it may raise
-    returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step
+    film     render the first environment at every step, if it can be rendered; changes nothing else
+    returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step,
+             with the picture `rendered` of the first
     """
     with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
         torch.manual_seed(episode_seeds[0])
-        return follow(agent, envs, episode_seeds, check)
+        return follow(agent, envs, episode_seeds, check, film)
 
 
-def follow(agent, envs, episode_seeds, check):
+def follow(agent, envs, episode_seeds, check, film):
     """`run_episodes` with torch's random numbers as they are."""
+    envs.set_attr("filmed", [film] + [False] * (envs.num_envs - 1))
     observation, _ = envs.reset(seed=episode_seeds)
     memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
@@ -98,8 +102,10 @@ def follow(agent, envs, episode_seeds, check):
         check()
         action, memory = act(agent, memory, observation, first, explore=False)
         seen.append({**observation, "action": action})
+        if film and (picture := envs.call("view")[0]) is not None:
+            seen[-1]["rendered"] = square(picture, SIDE)
         observation, reward, terminated, truncated, _ = envs.step(action)
-        seen[-1]["reward"] = reward * running
+        seen[-1]["reward"] = np.where(running, reward, np.nan)
         total += reward * running
         running &= ~(terminated | truncated)
         first = np.zeros(envs.num_envs, bool)
@@ -136,7 +142,7 @@ def evaluate_run(folder, config, agent, steps, options):
                 config.task, len(ten), split="eval", randomize=options.randomize,
                 remove=tuple(set(sensors) - set(kept)), **shared,
             )  # fmt: skip
-            more, what = run_episodes(agent, envs, ten)
+            more, what = run_episodes(agent, envs, ten, film=options.video and seen is None)
             returns, seen = np.append(returns, more), seen or what
             envs.close()
         records.append({
@@ -164,7 +170,7 @@ def calibration(agent, seen, kept):
               "rank": {"a -> b": median rank of the matching step, by distance between the means},
               "steps": how many have all sensors}; None if none has
     """
-    stacked = {name: np.stack([step[name] for step in seen]) for name in seen[0]}
+    stacked = {name: np.stack([step[name] for step in seen]) for name in seen[0] if name != "rendered"}
     stacked = {name: x[:, : max(1, 2500 // len(seen))] for name, x in stacked.items()}  # about 2,500 steps
     observation = to_device(stacked, agent.device)
     present, model = observation.pop("present").bool(), agent.model  # (T, B, M)
@@ -363,7 +369,9 @@ def main(options):
             row = [r["task"], r["method"], r["seed"], r["steps"], r["sensors"], r["missing"]]
             writer.writerow([*row, round(returns.mean(), 2), round(returns.std(), 2), len(returns)])
     say(table.rstrip("\n"))
-    say(f"{path}.md, .json and .csv written", sys.stderr)
+    films, runs = f" and films {path}-*.mp4" * options.video, " ".join(options.runs)
+    then = f"-m tools.plot {runs}" if films or len(options.runs) > 1 else f"evaluate.py {runs} --video"
+    say(f"{path}.md, .json, .csv{films} written; next: python {then}", sys.stderr)
 
 
 if __name__ == "__main__":

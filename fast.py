@@ -138,12 +138,16 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("a FastMSSM has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
+        refuse_second_derivatives()
         x, weight = ctx.saved_tensors
         steps = ctx.passed.setdefault(torch._C._current_graph_task_id(), [])  # this backward pass's own
         steps.append((x.detach(), gradient))  # with its graph, x would keep this node, and itself, alive
         return gradient @ weight, None, None, None
+
+
+def refuse_second_derivatives():
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("a FastMSSM has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
 
 
 class Parameters(torch.autograd.Function):
@@ -176,9 +180,94 @@ def use_step_linear(*nets):
         layer.__class__ = StepLinear
 
 
+class GRU(torch.autograd.Function):
+    """`mssm.gru` with both gates in one operation, on the way back too. On a CPU small operations cost their number."""
+
+    @staticmethod
+    def forward(ctx, from_x, from_h, h):
+        size, ctx.dtype = 2 * h.shape[-1], from_x.dtype
+        from_x, from_h = from_x.to(h.dtype), from_h.to(h.dtype)
+        gates = torch.sigmoid(from_x[..., :size] + from_h[..., :size])
+        reset, update = gates.chunk(2, -1)
+        h_candidate = from_h[..., size:]
+        candidate = torch.addcmul(from_x[..., size:], reset, h_candidate)
+        candidate = candidate.mul_(2).sigmoid_().mul_(2).sub_(1)  # torch's tanh is ten times slower than its sigmoid
+        ctx.save_for_backward(gates, candidate, h_candidate, h)
+        return torch.lerp(candidate, h, update)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_second_derivatives()
+        gates, candidate, h_candidate, h = ctx.saved_tensors
+        reset, update = gates.chunk(2, -1)
+        to_h = gradient * update
+        to_candidate = torch.ops.aten.tanh_backward(gradient - to_h, candidate)
+        to_gates = torch.cat([to_candidate * h_candidate, gradient * (h - candidate)], -1)
+        to_gates = torch.ops.aten.sigmoid_backward(to_gates, gates).to(ctx.dtype)
+        to_h_candidate, to_candidate = (to_candidate * reset).to(ctx.dtype), to_candidate.to(ctx.dtype)
+        return torch.cat([to_gates, to_candidate], -1), torch.cat([to_gates, to_h_candidate], -1), to_h
+
+
 def plain(layer):
     """A layer of a group of `loop` with all of its parameters."""
     return {layer: (layer.weight, layer.bias)}
+
+
+# ---- 3. What is absent is not computed, on a CPU -------------------------------------------------
+
+PRESENT: ContextVar = ContextVar("{network: rows that it computes} in this thread", default={})  # noqa: B039
+
+
+@contextmanager
+def present_rows(networks, present):
+    """Inside this context, the network of each modality computes only the rows at which it is present (..., M).
+
+    The number of rows is rounded up to one of 16, since oneDNN compiles a convolution for each number. On a GPU,
+    where shapes must not depend on values, the networks compute all rows.
+    """
+    rows = {}
+    if present.device.type == "cpu":
+        for network, here in zip(networks, present.flatten(0, -2).unbind(-1)):
+            unit = -(-len(here) // 16)
+            count = min(len(here), unit * max(1, -(-int(here.sum()) // unit)))
+            rows[network] = here.int().argsort(descending=True, stable=True)[:count] if count < len(here) else None
+    token = PRESENT.set(rows)
+    try:
+        yield
+    finally:
+        PRESENT.reset(token)
+
+
+class PresentRows(nn.Sequential):
+    """A network that gives zeros for the rows that `present_rows` leaves out. Nothing reads them."""
+
+    def forward(self, x):
+        rows = PRESENT.get().get(self)
+        if rows is None:
+            return super().forward(x)
+        image = x.ndim == 4
+        flat = x.movedim(1, -1) if image else x.flatten(0, -2)  # (N, 64, 64, C), as in memory, or (N, D)
+        there = flat.index_select(0, rows)
+        y = super().forward(there.movedim(-1, 1) if image else there)
+        y = y.new_zeros(len(flat), y.shape[-1]).index_copy(0, rows, y)
+        return y if image else y.view(*x.shape[:-1], -1)
+
+
+class FastConv(nn.Conv2d):
+    """The 4x4 convolutions of stride 2 in the forms whose gradients oneDNN computes faster, on a CPU."""
+
+    def forward(self, x):
+        _, c, height, width = x.shape
+        if x.device.type != "cpu" or (c > 16 and height > 6):
+            return super().forward(x)
+        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last, as in memory
+        if height == 6:  # four windows: a product
+            windows = [x[:, i : i + 4, j : j + 4] for i in (0, 2) for j in (0, 2)]
+            y = F.linear(torch.stack(windows, 1).flatten(2), weight.flatten(1), self.bias)
+            return y.unflatten(1, (2, 2)).permute(0, 3, 1, 2)
+        x = x[:, :, : width // 2 * 2].unflatten(2, (-1, 2)).flatten(3)  # two pixels are one of twice the channels
+        weight = weight.unflatten(2, (-1, 2)).flatten(3)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), self.bias, stride=(2, 1))
 
 
 class FastMSSM(MSSM):
@@ -189,6 +278,24 @@ class FastMSSM(MSSM):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         use_step_linear(self.transition_in, self.gru_x, self.gru_h, self.prior_net, self.posterior_net)
+        for network in (*self.encoders, *getattr(self, "experts", ())):
+            network.__class__ = PresentRows
+        for layer in (layer for layer in self.encoders.modules() if isinstance(layer, nn.Conv2d)):
+            layer.__class__ = FastConv
+
+    def transition(self, state, action):
+        if state.h.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().transition(state, action)
+        x = F.elu(self.transition_in(torch.cat([state.s_c, action], -1)))
+        return GRU.apply(self.gru_x(x), self.gru_h(state.h), state.h)
+
+    def encode(self, observation, present):
+        with present_rows(self.encoders, present):
+            return super().encode(observation, present)
+
+    def fuse(self, features, present):
+        with present_rows(getattr(self, "experts", ()), present):
+            return super().fuse(features, present)
 
     def observe(self, observation, present, action, state=None):
         posterior_in, _, posterior_out = self.posterior_net
@@ -203,7 +310,7 @@ class FastMSSM(MSSM):
         return super().posterior_from_h(h) if steps is None else steps(h)[self.posterior_net[0]]
 
 
-# ---- 3. Fewer kernels on a GPU -------------------------------------------------------------------
+# ---- 4. Fewer kernels on a GPU -------------------------------------------------------------------
 
 COMPILED = {
     mssm: "gaussian sample scale product_of_experts gru add_elu posterior_or_prior".split(),
@@ -272,7 +379,7 @@ class CudaGraph:
         return tree_map(torch.clone, result)
 
 
-# ---- 4. The agent --------------------------------------------------------------------------------
+# ---- 5. The agent --------------------------------------------------------------------------------
 
 
 class FastAgent(Agent):
@@ -298,7 +405,7 @@ class FastAgent(Agent):
 
     def adam(self, module, learning_rate):
         if self.device.type == "cpu":
-            return super().adam(module, learning_rate)
+            return torch.optim.Adam(module.parameters(), learning_rate, eps=1e-7, fused=True)
         rate = torch.tensor(learning_rate, device=self.device)  # one fused kernel, which reads its rate from the GPU
         return torch.optim.Adam(module.parameters(), rate, eps=1e-7, fused=True, capturable=True)
 

@@ -67,7 +67,7 @@ class Filtered(NamedTuple):
 def gaussian(parameters):
     """Mean, and std = softplus + 0.1, from a network's output, float32. (..., 2 D) -> mean (..., D), std (..., D)"""
     mean, raw_std = parameters.float().chunk(2, -1)
-    return mean, F.softplus(raw_std) + MIN_STD
+    return mean, F.softplus(raw_std.contiguous()) + MIN_STD
 
 
 def sample(parameters, noise):

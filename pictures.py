@@ -1,39 +1,44 @@
 """Pictures of what an agent sees, predicts and relies on: for TensorBoard and for videos.
 
     pictures = of_evaluation(agent.model, seen, "mummi")   # {name: (height, width, 3) uint8}
-    write_video(Path("episode.mp4"), seen)                # sensors, chosen action and reward
+    write_video(Path("episode.mp4"), seen)                # world, sensors, action and reward
 
-seen  one dictionary a decision, from `train.run_episodes`: every sensor (num_envs, ...), zeros where
+seen  one dictionary a decision, from `evaluate.run_episodes`: every sensor (num_envs, ...), zeros where
       missing; present (num_envs, M); action (num_envs, A), chosen there; reward (num_envs,), that it
-      earned. Everything here shows the first environment.
+      earned, NaN after its episode; rendered (H, W, 3) uint8, the first world as it is, if it can be
+      rendered. Everything here shows the first environment.
 
 Shapes: T decisions, M sensors, A action size, D_f size of the fused code.
 """
 
 import gc
 import io
+import itertools
 import math
 from functools import lru_cache
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mssm import MAX_DEPTH, MIN_STD
 from mummi_loss import info_nce, log_density_ratio, log_inner_product, mutual_information
 from checkpoint import write_file
 
-NO_SENSOR = ("present", "action", "reward")
+NO_SENSOR = ("present", "action", "reward", "rendered")
+SIDE = 192  # pixels, of a panel of a film
 LABEL = 24  # pixels, height of the line above a panel
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
+STRIP = 16  # pixels, height of the line below bars
+PAPER = 232  # behind panels: a white one has edges
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # Okabe and Ito's
 
 
 # ---- 1. Panels -----------------------------------------------------------------------------------
 
 
-def panel(name, x, present=True):
-    """One sensor as a picture (64, 64, 3) uint8: colour, depth in grey, a vector as bars, or a cross."""
+def panel(x, present=True, limits=(0, 1), side=128):
+    """One reading as a picture: colour, depth in grey, a vector as bars between `limits`, or a cross if missing."""
     if not present:
         cross = np.eye(64, dtype=bool) | np.eye(64, dtype=bool)[::-1]
         return np.repeat(np.where(cross, 90, 0).astype(np.uint8)[..., None], 3, axis=-1)
@@ -42,46 +47,75 @@ def panel(name, x, present=True):
     if x.ndim == 3:  # metres: near is white, nothing within 10 m black
         grey = (255 * (1 - np.clip(x, 0, MAX_DEPTH) / MAX_DEPTH)).astype(np.uint8)
         return np.repeat(grey, 3, axis=-1)
-    return bars(x / 8 if name == "touch" else x)  # touch: 8 is 3,000 newtons
+    return bars(x, limits, [f"{i}: {value:.2f}" if len(x) < 4 else f"{i}" for i, value in enumerate(x)], side)
 
 
-def bars(values, low=0.0):
-    """Values between `low` and 1 as bars from 0, green up and orange down. (D,) -> (64, 64, 3) uint8"""
-    picture = np.full((64, 64, 3), 30, np.uint8)
-    row = lambda value: round(63 * (1 - (np.clip(value, low, 1) - low) / (1 - low)))  # noqa: E731
-    picture[min(row(0), 63)] = 110
-    for i, value in enumerate(np.nan_to_num(values)):
-        left, right = 64 * i // len(values) + 2, 64 * (i + 1) // len(values) - 2
-        top, bottom = sorted((row(0), row(value)))
-        picture[top : bottom + 1, left : max(right, left + 1)] = (90, 200, 120) if value >= 0 else (213, 94, 0)
-    return picture
+def bars(values, limits, texts, side=128, gap=2):
+    """Values as bars from the line of 0, green up and orange down. (D,) -> (side, side, 3) uint8
 
-
-def history(values, highest):
-    """The last 64 values, the newest on the right, as columns of up to `highest`. -> (64, 64, 3) uint8"""
-    picture = np.full((64, 64, 3), 30, np.uint8)
-    for column, value in enumerate(values[-64:]):
-        picture[63 - round(63 * float(np.clip(value / highest, 0, 1))) :, column] = (90, 200, 120)
-    return picture
-
-
-def labelled(picture, label, scale):
-    """A panel `scale` times as large below a line of text, as uint8."""
-    return np.concatenate([line_of_text(label, 64 * scale), picture.repeat(scale, 0).repeat(scale, 1)])
-
-
-@lru_cache(maxsize=64)  # a video repeats most of its labels in every frame
-def line_of_text(text, width):
-    """Black on white, (LABEL, width, 3) uint8."""
-    canvas = Image.new("RGB", (width, LABEL), (255, 255, 255))
-    ImageDraw.Draw(canvas).text((4, 4), text, fill=(0, 0, 0), font=ImageFont.load_default(13))
+    texts  below the bars, side by side; left out where there is no room
+    """
+    (low, high), picture, height = limits, np.full((side, side, 3), 30, np.uint8), side - STRIP
+    row = lambda value: round((height - 1) * float((high - np.clip(value, low, high)) / (high - low)))  # noqa: E731
+    for i, value in enumerate(values):
+        if not np.isnan(value):
+            left, right = side * i // len(values) + gap, side * (i + 1) // len(values) - gap
+            top, bottom = sorted((row(0), row(value)))
+            picture[top : bottom + 1, left : max(right, left + 1)] = (90, 200, 120) if value >= 0 else (213, 94, 0)
+    picture[row(0)] = 170
+    picture[height:] = 0
+    canvas = Image.fromarray(picture)
+    for i, text in enumerate(texts if len(texts) <= side / 16 else ()):
+        place = side * (i + 0.5) / len(texts), side - STRIP / 2
+        ImageDraw.Draw(canvas).text(place, text, (220, 220, 220), ImageFont.load_default(11), anchor="mm")
     return np.asarray(canvas)
 
 
-def grid(rows):
-    """Lists of pictures of one size, with a thin gap between them, as one picture."""
-    gap = lambda x: np.pad(x, ((0, 4), (0, 4), (0, 0)), constant_values=255)  # noqa: E731
-    return np.concatenate([np.concatenate([gap(x) for x in row], 1) for row in rows])
+def limits_of(values):
+    """The lowest and the highest of all numbers and of 0."""
+    numbers = [0.0, *(float(x) for value in values for x in np.ravel(value) if np.isfinite(x))]
+    return (min(numbers), max(numbers)) if any(numbers) else (0.0, 1.0)
+
+
+def limits_of_vectors(seen):
+    """{name: `limits_of` its readings} of every sensor that is a vector."""
+    readings = lambda m, name: [step[name][0] for step in seen if step["present"][0, m]]  # noqa: E731
+    return {x: limits_of(readings(m, x)) for m, x in enumerate(sensors(seen)) if seen[0][x].ndim == 2}
+
+
+def square(picture, side):
+    """A picture of any size, as large as it can be in a black square (side, side, 3) uint8."""
+    image = Image.fromarray(np.asarray(picture, np.uint8)).convert("RGB")
+    way = Image.Resampling.BOX if max(image.size) > side else Image.Resampling.NEAREST
+    return np.asarray(ImageOps.pad(image, (side, side), way))
+
+
+def labelled(picture, label, side=128, alarm=False):
+    """A picture in a square below a line of text, which an alarm makes red, as uint8."""
+    return np.concatenate([line_of_text(label, side, alarm), square(picture, side)])
+
+
+@lru_cache(maxsize=64)  # a video repeats most of its labels in every frame
+def line_of_text(text, width, alarm=False):
+    """Black or red, in the largest letters that fit, (LABEL, width, 3) uint8."""
+    canvas = Image.new("RGB", (width, LABEL), (PAPER,) * 3)
+    fonts = [ImageFont.load_default(size) for size in (14, 13, 12, 11, 10, 9)]
+    font = next((font for font in fonts if font.getlength(text) <= width - 6), fonts[-1])
+    ImageDraw.Draw(canvas).text((4, LABEL / 2), text, (200, 30, 30) if alarm else (0, 0, 0), font, anchor="lm")
+    return np.asarray(canvas)
+
+
+def grid(pictures, most=5):
+    """Pictures of one size as one, with thin gaps: as few rows as have at most so many pictures, of equal length."""
+    rows = math.ceil(len(pictures) / most)
+    pictures = [np.pad(x, ((0, 4), (0, 4), (0, 0)), constant_values=PAPER) for x in pictures]
+    pictures += [np.full_like(pictures[0], PAPER)] * (-len(pictures) % rows)
+    return np.concatenate([np.concatenate(row, 1) for row in np.split(np.array(pictures), rows)])
+
+
+def first_episode(seen):
+    """Without the decisions that waited for other environments, which have no reward."""
+    return [step for step in seen if not np.isnan(step["reward"][0])]
 
 
 def sensors(seen):
@@ -92,18 +126,24 @@ def sensors(seen):
 # ---- 2. Videos -----------------------------------------------------------------------------------
 
 
-def frames(seen, scale=2, every=1):
-    """What the agent saw, its action and its reward, decision by decision: pictures of one size."""
-    names, rewards = sensors(seen), [float(step["reward"][0]) for step in seen]
+def frames(seen, every=1):
+    """The world, what the agent saw of it, its action and its reward, decision by decision: pictures of one size."""
+    seen = first_episode(seen)
+    rewards = [float(step["reward"][0]) for step in seen]
+    limits = limits_of_vectors(seen) | {"reward": limits_of(rewards), "action": (-1, 1)}
+    labels = {name: f"{name}, {low:.3g} to {high:.3g}" for name, (low, high) in limits.items()}
     for t in range(0, len(seen), every):
-        step, panels = seen[t], []
-        for m, name in enumerate(names):
-            here = step["present"][0, m]
-            panels.append(labelled(panel(name, step[name][0], here), name if here else f"{name}: missing", scale))
-        panels.append(labelled(bars(step["action"][0], low=-1.0), "action, -1 to 1", scale))
-        text = f"reward, so far {sum(rewards[: t + 1]):.1f}"
-        panels.append(labelled(history(rewards[: t + 1], max(1.0, *rewards)), text, scale))
-        yield np.concatenate(panels, 1)
+        step, here, panels = seen[t], seen[t]["present"][0], []
+        if "rendered" in step:
+            text = f"world; {sum(here)} of {len(here)} sensors work"
+            panels.append(labelled(step["rendered"], text, SIDE, alarm=not any(here)))
+        for name, p in zip([*sensors(seen), "action"], [*here, 1]):
+            shown = panel(step[name][0], p, limits.get(name), SIDE)
+            panels.append(labelled(shown, labels.get(name, name) if p else f"{name}: missing", SIDE, alarm=not p))
+        text = f"now {rewards[t]:.2f}, sum {sum(rewards[: t + 1]):.1f}"
+        last = [math.nan] * (63 - t) + rewards[max(0, t - 63) : t + 1]
+        panels.append(labelled(bars(last, limits["reward"], [text], SIDE, gap=0), labels["reward"], SIDE))
+        yield grid(panels)
 
 
 def write_video(path, seen, fps=20):
@@ -124,8 +164,9 @@ def write_video(path, seen, fps=20):
 
 def gif(seen, most=60, fps=10):
     """An episode in at most so many frames, as the bytes of a GIF: what TensorBoard can play."""
-    every = math.ceil(len(seen) / most)
-    first, *others = [Image.fromarray(x) for x in frames(seen, every=every)]
+    every = math.ceil(len(first_episode(seen)) / most)
+    octree = Image.Quantize.FASTOCTREE  # 50 times as fast as the default
+    first, *others = [Image.fromarray(x).quantize(method=octree) for x in frames(seen, every=every)]
     data = io.BytesIO()
     first.save(data, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
     return data.getvalue()
@@ -151,13 +192,13 @@ def in_units(x):
 
 def seen_picture(seen, moments=8):
     """Moments of the episode, a row a sensor, crossed out where missing."""
-    times = np.linspace(0, len(seen) - 1, moments).astype(int)
-    rows = []
+    times, limits = np.linspace(0, len(seen) - 1, moments).astype(int), limits_of_vectors(seen)
+    shown = [labelled(seen[t]["rendered"], f"world, t = {t}") for t in times if "rendered" in seen[t]]
     for m, name in enumerate(sensors(seen)):
-        here = [seen[t]["present"][0, m] for t in times]
-        labels = [f"{name}, t = {t}" for t in times]
-        rows.append([labelled(panel(name, seen[t][name][0], p), label, 2) for t, p, label in zip(times, here, labels)])
-    return grid(rows)
+        for t in times:
+            sensor = panel(seen[t][name][0], seen[t]["present"][0, m], limits.get(name))
+            shown.append(labelled(sensor, f"{name}, t = {t}"))
+    return grid(shown, moments)
 
 
 def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
@@ -177,14 +218,14 @@ def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
         if decoded[name].ndim == 2:  # a vector, in its own units
             decoded[name] = decoded[name] * getattr(model, f"std_{m}") + getattr(model, f"mean_{m}")
     times = [0, given - 1] + [given - 1 + k for k in ahead if given - 1 + k < len(latents)]
-    rows = []
+    rows, limits = [], limits_of_vectors(seen)  # all rows, one after the other
     for m, name in enumerate(sensors(seen)):
         kinds = ["model, seen so far" if t < given else f"imagined, {t - given + 1} ahead" for t in times]
-        shown = [panel(name, seen[t][name][0], seen[t]["present"][0, m]) for t in times]
-        predicted = [panel(name, in_units(decoded[name][t])) for t in times]
-        rows.append([labelled(x, f"{name}, t = {t}", 2) for x, t in zip(shown, times)])
-        rows.append([labelled(x, kind, 2) for x, kind in zip(predicted, kinds)])
-    return grid(rows)
+        shown = [panel(seen[t][name][0], seen[t]["present"][0, m], limits.get(name)) for t in times]
+        predicted = [panel(in_units(decoded[name][t]), True, limits.get(name)) for t in times]
+        rows += [labelled(x, f"{name}, t = {t}") for x, t in zip(shown, times)]
+        rows += [labelled(x, kind) for x, kind in zip(predicted, kinds)]
+    return grid(rows, len(times))
 
 
 def to_array(figure):
@@ -209,7 +250,7 @@ def calibration_picture(model, seen):
     figure = Figure(figsize=(9, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     bottom = np.zeros(len(seen))
-    for name, colour, line, part in zip(sensors(seen), COLOURS, log_std, share):
+    for name, colour, line, part in zip(sensors(seen), itertools.cycle(COLOURS), log_std, share):
         above.plot(line, color=colour, label=name)
         below.fill_between(np.arange(len(seen)), bottom, bottom + part, color=colour, step="mid", linewidth=0)
         bottom += part
@@ -217,7 +258,7 @@ def calibration_picture(model, seen):
     highest = max(math.log(MIN_STD) + 1, np.nanmax(log_std, initial=-math.inf) + 0.2)
     above.set(ylabel="mean log std", ylim=(math.log(MIN_STD) - 0.1, highest))
     above.set_title("how sure each expert is: lower is surer; gaps where its sensor is missing")
-    above.legend(loc="upper right", ncols=len(share) + 1)
+    above.legend(loc="upper right", ncols=min(len(share) + 1, 6))
     title = "whom the product of experts listens to; white where nothing is present"
     below.set(ylabel="share of the precision", ylim=(0, 1), xlim=(0, len(seen) - 1), xlabel="decision", title=title)
     return to_array(figure)
@@ -244,8 +285,11 @@ def similarity_picture(model, seen, fused_too, most=100):
     """
     filtered = model.observe(*episode(model, seen[:most]))
     log_f, present = density_ratios(model, filtered, fused_too)
-    figure = Figure(figsize=(3.6 * len(log_f), 4.3), layout="constrained")
-    for axis, (name, ratio) in zip(figure.subplots(1, len(log_f), squeeze=False)[0], log_f.items()):
+    rows = math.ceil(len(log_f) / 4)
+    columns = math.ceil(len(log_f) / rows)
+    figure = Figure(figsize=(3.6 * columns, 4 * rows + 0.3), layout="constrained")
+    for i, (name, ratio) in enumerate(log_f.items()):
+        axis = figure.add_subplot(rows, columns, i + 1)
         here = present[name]
         probability = ratio.masked_fill(~here, -math.inf).softmax(-1).cpu().numpy()
         shown = np.where(here.cpu().numpy() & here.cpu().numpy()[:, None], probability, np.nan)
@@ -260,7 +304,7 @@ def similarity_picture(model, seen, fused_too, most=100):
 @torch.no_grad()
 def of_evaluation(model, seen, method):
     """{name: picture} of an evaluation's first episode: whatever the model of that method has the heads for."""
-    device = next(model.parameters()).device
+    seen, device = first_episode(seen), next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing of what follows
         pictures = {"seen": seen_picture(seen)}
         if hasattr(model, "decoders"):

@@ -8,7 +8,7 @@ sequences drawn from the replay. Everything a run leaves is in its folder, `runs
     checkpoint.pt    after every evaluation and at SIGTERM, SIGHUP or Ctrl-C; `--resume runs/<name>`
                      goes on from there; checkpoint.previous.pt is the one before
     replay/          the collected episodes
-    video-*.mp4      what the agent saw, did and got in an evaluation episode
+    video-*.mp4      the world, and what the agent saw, did and got, in an evaluation episode
     events.out.*     metrics, video and more pictures for `tensorboard --logdir runs`
 
 Tasks: finger_spin, walker_stand, walker_walk, walker_run, cup_catch, table_wiping, toy,
@@ -89,7 +89,7 @@ def learn(agent, batches, config, log, progress, check):
             log.show(progress.steps, f"learning {progress.updates} of {config.first_updates}")
         if progress.updates == 2 and agent.device.type == "cpu":
             left = (updates_due(config, config.steps) - 2) * (time.perf_counter() - started)
-            text = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.0f} minutes"
+            text = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.0f} min" if left > 60 else "a minute"
             say(f"no GPU: all updates will take about {text} on this CPU")
         if progress.updates % config.log_every == 0:
             log.write(progress.steps, {"updates": progress.updates, **log.means()})
@@ -140,7 +140,7 @@ def collect(config, agent, envs, batches, log, progress, check):
 
 def evaluate(config, agent, envs, log, progress, folder, save, check):
     """Let the agent act in evaluation episodes; save, then show."""
-    returns, seen = run_episodes(agent, envs, seeds(config.seed, count=config.eval_episodes), check)
+    returns, seen = run_episodes(agent, envs, seeds(config.seed, count=config.eval_episodes), check, film=True)
     mean, std = float(returns.mean()), float(returns.std())
     log.write(progress.steps, {"updates": progress.updates, "eval_return": mean, "eval_std": std})
     write_video(folder / f"video-{progress.steps:08}.mp4", seen)
@@ -193,7 +193,7 @@ def main(config):
                 replay.cut(config.batch_length)
                 save()
                 raise
-    say(f"{folder}: next, python evaluate.py {folder}")
+    say(f"{folder}: trained for {progress.steps:,} steps; next: python evaluate.py {folder}")
 
 
 if __name__ == "__main__":

@@ -636,7 +636,7 @@ def test_an_update_and_a_decision_never_wait_for_a_value(monkeypatch, method):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta does not know
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     for name in agent.optimisers:
-        agent.optimisers[name] = agent.adam(getattr(agent, name).to("meta"), 1e-3)
+        agent.optimisers[name] = behaviour.Agent.adam(agent, getattr(agent, name).to("meta"), 1e-3)
     agent.device = torch.device("meta")
     batch = tree_map(lambda x: x.to("meta"), random_batch())
     metrics = agent.update(batch)

@@ -339,7 +339,59 @@ def test_without_gradients_and_outside_of_a_loop_layers_are_plain(monkeypatch):
     assert isinstance(model, MSSM) and list(model.state_dict()) == list(tiny_model().state_dict())
 
 
-# ---- 3. What a GPU compiles ----------------------------------------------------------------------
+# ---- 3. What is absent is not computed -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0, 0.3, 1])
+def test_features_of_absent_steps_are_zeros_and_all_others_as_ever(rate):
+    """Also where everything or nothing is present; 40 steps, so that some rows are left out."""
+    (plain, quick), batch = both_models(), random_batch(40)
+    present = torch.rand(batch["present"].shape) < rate
+    expected = plain.encode(batch["observation"], present)
+    left_out = 0
+    for m, (x, y) in enumerate(zip(quick.encode(batch["observation"], present), expected, strict=True)):
+        close(x[present[..., m]], y[present[..., m]], 1e-5)
+        left_out += int((x[~present[..., m]] == 0).all(-1).sum())
+    assert (left_out > 0) == (rate < 1)
+    torch.manual_seed(0)
+    fused = quick.fuse(expected, present)
+    torch.manual_seed(0)
+    same = plain.fuse(expected, present)
+    relative([fused.s_f, fused.mean, fused.std], [same.s_f, same.mean, same.std], 1e-5)
+    assert fast.PRESENT.get() == {}
+
+
+def test_there_are_at_most_16_numbers_of_rows(monkeypatch):
+    """Each is a convolution to be compiled anew."""
+    network, seen = torch.nn.Sequential(torch.nn.Linear(3, 2)), set()
+    network.__class__ = fast.PresentRows
+    network[0].register_forward_hook(lambda layer, x, y: seen.add(len(y)))
+    for count in range(101):
+        with fast.present_rows([network], (torch.arange(100) < count)[:, None]):
+            network(torch.randn(100, 3))
+    assert len(seen) <= 16 and max(seen) == 100 and min(seen) == 7
+
+
+@pytest.mark.parametrize("channels, size", [(1, 64), (3, 64), (8, 31), (16, 14), (20, 14), (32, 6)])
+def test_convolutions_in_other_forms_are_the_same(float64, channels, size):
+    layer, x = torch.nn.Conv2d(channels, 5, 4, stride=2), torch.randn(2, channels, size, size, requires_grad=True)
+    inputs = x, layer.weight, layer.bias
+    expected = layer(x)
+    weights = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    layer.__class__ = fast.FastConv
+    actual = layer(x)
+    relative([actual, *torch.autograd.grad((actual * weights).sum(), inputs)], [expected, *gradients], 1e-10)
+
+
+def test_the_gru_of_one_operation_is_the_gru(float64):
+    inputs = [torch.randn(4, size, requires_grad=True) for size in (15, 15, 5)]
+    results = [function(*inputs) for function in (fast.GRU.apply, mssm.gru)]
+    gradients = [torch.autograd.grad(result.sin().sum(), inputs) for result in results]
+    relative([results[0], *gradients[0]], [results[1], *gradients[1]], 1e-10)
+
+
+# ---- 4. What a GPU compiles ----------------------------------------------------------------------
 
 
 def test_every_function_to_compile_is_there():
@@ -413,7 +465,7 @@ def test_functions_are_compiled_for_tensors_on_a_gpu_alone(monkeypatch):
     assert torch.equal(double(torch.ones(3)), 2 * torch.ones(3)) and len(compiled) == 1
 
 
-# ---- 4. Where it fails ---------------------------------------------------------------------------
+# ---- 5. Where it fails ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -503,7 +555,7 @@ def test_where_compiling_fails_it_goes_on_plainly_and_says_so_once(monkeypatch, 
     assert len(compilations) == 1 and list(recwarn) == []
 
 
-# ---- 5. The process ------------------------------------------------------------------------------
+# ---- 6. The process ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("one_dnn, mkl, exact, expected", [

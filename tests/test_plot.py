@@ -175,8 +175,8 @@ def smoothing_of_one(folder):
 
 @pytest.mark.parametrize("bad_input, message", [
     (no_run, "missing is not the folder of a run"),
-    (nothing_at_all, "nothing was given, and no run"),
-    (no_run_among_them, "curves.png was given, and no run"),
+    (nothing_at_all, "no run was given: give folders like runs/toy-mummi-1"),
+    (no_run_among_them, "no run was given: give folders like runs/toy-mummi-1, not "),
     (unknown_label, "--label touch is no option"),
     (half_a_config, "config.json is damaged"),
     (unknown_method, "method 'ppo' is unknown: choose among mummi,"),
@@ -212,7 +212,7 @@ def test_the_command_writes_both_files_and_says_so(tmp_path, monkeypatch, capsys
     command(monkeypatch, run, tmp_path / "other", "--metric", "eval_return", "--output", tmp_path / "curves.png")
     assert {path.name for path in tmp_path.glob("curves*")} == {"curves.png", "curves.svg"}
     said = capsys.readouterr().out.splitlines()
-    assert said == [f"no runs, left out: {tmp_path}/other", f"{tmp_path}/curves.png, {tmp_path}/curves.svg: 1 runs"]
+    assert said == [f"no runs, left out: {tmp_path}/other", f"{tmp_path}/curves.png, {tmp_path}/curves.svg: 1 runs; next: python evaluate.py {run}"]
 
 
 def test_by_default_nothing_is_written_into_the_root(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ Section = Literal["update", "action", "stages", "growth", "environments", "train
 class Options:
     """What to time."""
 
-    sections: tyro.conf.Positional[tuple[Section, ...]] = ()
+    sections: tyro.conf.Positional[tuple[Section, ...]] = ()  # of the table above; none shows the table
     dreamer_pytorch: str = ""  # for peers: a checkout of github.com/juliusfrost/dreamer-pytorch
     r2dreamer: str = ""  # for peers: a checkout of github.com/NM512/r2dreamer
     output: str = "runs/benchmark.json"  # written anew after each section
@@ -306,7 +306,7 @@ def peers(dreamer_pytorch, r2dreamer, settings=((2, 16), (2, 50), (1, 16), (1, 5
 def main(options):
     """Time the sections, and write all results after each. Raises ValueError on bad input."""
     if not options.sections:
-        return say(__doc__)
+        return say(f"{__doc__}\nNothing was timed: name a section, as in python -m tools.benchmark update action")
     checkouts = {"--dreamer-pytorch": options.dreamer_pytorch, "--r2dreamer": options.r2dreamer}
     for name, path in checkouts.items():
         if path and not ("peers" in options.sections and Path(path).is_dir()):
@@ -318,7 +318,7 @@ def main(options):
         report[name] = globals()[name](*(checkouts.values() if name == "peers" else ()))
         output.write_text(json.dumps(report, indent=2) + "\n")
     say(json.dumps(report, indent=2))
-    return say(f"{output}: {', '.join(options.sections)}")
+    return say(f"{output}: {', '.join(options.sections)}; compare with results/benchmark and docs/speed.md")
 
 
 if __name__ == "__main__":

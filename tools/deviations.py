@@ -78,7 +78,7 @@ def main(output: str = "runs/deviations"):
         lines.append(f"| {way} | " + " | ".join(f"{np.mean(x):.3g} ± {np.std(x):.2g}" for x in columns) + " |")
     markdown.write_text("\n".join(lines) + "\n")
     say("\n".join(lines))
-    say(f"{markdown}, {report}")
+    say(f"{markdown}, {report}: {len(rows)} models; docs/paper.md says what each way is")
 
 
 if __name__ == "__main__":

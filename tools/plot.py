@@ -59,7 +59,8 @@ def read_configs(runs):
     others = [path for path in runs if Path(path).exists() and not (Path(path) / "config.json").exists()]
     configs = {folder: load_config(folder) for folder in runs if folder not in others}
     if not configs:
-        raise ValueError(f"{' '.join(others) or 'nothing'} was given, and no run: give folders like runs/toy-mummi-1")
+        others = f", not {' '.join(others)}" if others else ""
+        raise ValueError(f"no run was given: give folders like runs/toy-mummi-1{others}")
     for folder, config in configs.items():
         if config.method not in STYLES:
             raise ValueError(f"{folder}: method {config.method!r} is unknown: choose among {', '.join(STYLES)}")
@@ -173,7 +174,7 @@ def main(options):
     figure = draw(lines, options)
     for file in files:
         figure.savefig(file, dpi=150)
-    say(f"{', '.join(map(str, files))}: {len(configs)} runs")
+    say(f"{', '.join(map(str, files))}: {len(configs)} runs; next: python evaluate.py {' '.join(configs)}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ GRACE = 120  # seconds that a run has for its last checkpoint when it is stopped
 class Options:
     """What to run, and with how much of the cluster."""
 
-    tasks: tuple[str, ...] = ()  # by default the five of Table I
+    tasks: tuple[str, ...] = ()  # of train.py; by default the five of Table I
     methods: tuple[str, ...] = ()  # by default the four of Table I
     seeds: tuple[int, ...] = ()  # by default 1 2 3
     runs: str = "runs"  # folder of the runs; all nodes must see it under this path (NFS, Lustre, EFS, ...)
@@ -359,7 +359,7 @@ def write_results(configs, folder):
     Path(f"{folder}-table.md").write_text(text)
     say(text)
     plot.main(plot.Options(runs=tuple(map(str, configs)), panels=True, output=f"{folder}-curves"))
-    say(f"{folder}-table.md: {len(configs)} runs")
+    say(f"{folder}-table.md, {folder}-curves.png and .svg: {len(configs)} runs; next: tensorboard --logdir {folder}")
 
 
 def main(options, rest):

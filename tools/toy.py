@@ -255,7 +255,7 @@ def main(options):
     report.write_text(json.dumps({"options": asdict(options), "seconds": seconds, **numbers}, indent=1) + "\n")
     draw(sensors, spaces, numbers).savefig(picture, dpi=110)
     say(table(options.world, numbers))
-    say(f"{picture}, {report}: {seconds} s")
+    say(f"{picture}, {report}: made in {seconds} s; next: python train.py --task {task}")
 
 
 if __name__ == "__main__":
