@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from envs import WorkerError
+from trust import measure
 
 
 @dataclass
@@ -361,6 +362,8 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
     }  # fmt: skip
+    if progress.steps >= config.steps and agent.model.fusion == "product" and replay.episodes:
+        state["usual"] = measure(agent.model, replay)
     data = io.BytesIO()  # torch itself is not safe on a full disk
     torch.save(state, data)
     replay.flush()

@@ -9,11 +9,13 @@ and written to `<output>.md`, `.csv` (a line a seed) and `.json` (every episode)
     python evaluate.py runs/toy-mummi-1 --video                 # and a film at each of them
     python evaluate.py runs/table_wiping-* --remove workspace   # Table II: all sensors, then without one
     python evaluate.py runs/* --sensors all --calibration       # every subset of the sensors, and why
+    python evaluate.py runs/* --faults all --trust              # sensors that lie, and what the rule of trust.py does
 """
 
 import csv
 import itertools
 import json
+import math
 import os
 import sys
 from collections import defaultdict
@@ -33,6 +35,9 @@ from envs import seeds
 from fast import restart_with_quiet_threads
 from methods import METHODS, choose_device, make_agent
 from pictures import SIDE, square, write_video
+from replay import Replay, replay_fields
+from trust import RATES as FALSE_ALARMS
+from trust import Trust, measure
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 TABLE_II = ("Medium", "None")
@@ -58,6 +63,10 @@ class Options:
     label: tuple[str, ...] = ()  # options in which runs differ, told in the table, like free_nats
     missing_process: str = "exact"  # exact or released, see Dev. D7
     backgrounds: str = ""  # another path to the backgrounds; by default the run's own
+    faults: tuple[str, ...] = ()  # that nobody flags: all, black (of each sensor in turn), camera=black,position=noise
+    fault_rate: float = 0.5  # share of a faulty sensor's readings, in [0, 1)
+    trust: bool = False  # repeat with the readings dropped that trust.py does not believe
+    false_alarms: float = 0.005  # share of honest readings that each of its tests may drop
 
 
 # ---- 1. Episodes ---------------------------------------------------------------------------------
@@ -78,33 +87,40 @@ def act(agent, memory, observation, first, explore):
     return action.float().cpu().numpy(), memory
 
 
-def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False):
+def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False, trust=None):
     """One episode in each environment, from the seed given for it, without exploration or learning.
 
     check    called at every step: it may raise
     film     render the first environment at every step, if it can be rendered; changes nothing else
+    trust    a `trust.Trust`: the agent is given only what it believes
     returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step,
-             with the picture `rendered` of the first
+             with the picture `rendered` of the first; with `lying`, and `trusted` and `suspicion` of each sensor
     """
     with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
         torch.manual_seed(episode_seeds[0])
-        return follow(agent, envs, episode_seeds, check, film)
+        return follow(agent, envs, episode_seeds, check, film, trust)
 
 
-def follow(agent, envs, episode_seeds, check, film):
+def follow(agent, envs, episode_seeds, check, film, trust):
     """`run_episodes` with torch's random numbers as they are."""
     envs.set_attr("filmed", [film] + [False] * (envs.num_envs - 1))
-    observation, _ = envs.reset(seed=episode_seeds)
+    observation, info = envs.reset(seed=episode_seeds)
     memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
     first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     seen = []
     while running.any():
         check()
+        seen.append({**observation, "lying": info.get("lying", 0 * observation["present"])})
+        if trust:
+            tensors = to_device(observation, agent.device)
+            trusted = trust(memory, tensors, tensors.pop("present"), to_device(first, agent.device))
+            observation["present"] = trusted.cpu().numpy().astype(np.int8)
+            seen[-1] |= {"trusted": observation["present"], "suspicion": trust.suspicion.cpu().numpy()}
         action, memory = act(agent, memory, observation, first, explore=False)
-        seen.append({**observation, "action": action})
+        seen[-1]["action"] = action
         if film and (picture := envs.call("view")[0]) is not None:
             seen[-1]["rendered"] = square(picture, SIDE)
-        observation, reward, terminated, truncated, _ = envs.step(action)
+        observation, reward, terminated, truncated, info = envs.step(action)
         seen[-1]["reward"] = np.where(running, reward, np.nan)
         total += reward * running
         running &= ~(terminated | truncated)
@@ -123,41 +139,106 @@ def sensor_subsets(options, sensors):
     return [s for size in range(len(kept), 0, -1) for s in itertools.combinations(kept, size)]
 
 
-def evaluate_run(folder, config, agent, steps, options):
-    """Episodes of one run. Returns records, a dictionary for each missing rate and set of sensors.
+def faults_to_try(options, modalities):
+    """What lies in turn, {sensor: fault} each, nothing first. modalities {name: shape}. ValueError for what cannot."""
+    faults, every = [{}], [(name, fault) for name in modalities for fault in environments.FAULTS]
+    every = [(name, fault) for name, fault in every if fault != "occluded" or len(modalities[name]) == 3]
+    for text in options.faults:
+        alone = [{name: fault} for name, fault in every if text in ("all", fault)]
+        pairs = [tuple(pair.split("=")) for pair in text.split(",")]
+        if not alone and not set(pairs) <= set(every):
+            raise ValueError(f"--faults {text}: give all, one of {', '.join(environments.FAULTS)}, or some like "
+                             f"{'='.join(every[0])}; sensors are {', '.join(modalities)}, and vectors have no "
+                             "occluded")  # fmt: skip
+        faults += alone or [dict(pairs)]
+    return faults
+
+
+def evaluate_run(folder, config, agent, steps, options, usual=None):
+    """Episodes of one run. Returns records, a dictionary for each condition: missing rate, set of sensors, fault, trust.
 
     steps  environment steps that the agent was trained for
+    usual  from `trust.measure`: repeat each condition with `Trust`
     """
-    sensors = list(agent.model.modalities)
-    rates, records = options.rates or (TABLE_II if config.task == "table_wiping" else tuple(RATES)), []
-    episode_seeds = seeds(options.seed, count=options.episodes)
-    for kept, rate in itertools.product(sensor_subsets(options, sensors), rates):
-        returns, seen = np.empty(0), None
-        while len(returns) < options.episodes:  # ten at a time: each has a process of its own
-            ten = episode_seeds[len(returns) :][:10]
-            shared = sensing(config) | {"missing_rate": RATES[rate], "missing_process": options.missing_process}
-            if options.backgrounds:
-                shared["backgrounds"] = options.backgrounds
-            envs = environments.make_vector_env(
-                config.task, len(ten), split="eval", randomize=options.randomize,
-                remove=tuple(set(sensors) - set(kept)), **shared,
-            )  # fmt: skip
-            more, what = run_episodes(agent, envs, ten, film=options.video and seen is None)
-            returns, seen = np.append(returns, more), seen or what
-            envs.close()
+    sensors, records = list(agent.model.modalities), []
+    rates = options.rates or (TABLE_II if config.task == "table_wiping" else ("None",) if options.faults else RATES)
+    conditions = itertools.product(sensor_subsets(options, sensors), rates,
+                                   faults_to_try(options, agent.model.modalities), (False, True))  # fmt: skip
+    for kept, rate, faults, trusting in conditions:
+        if trusting and not usual or not set(faults) <= set(kept):
+            continue
+        trust = Trust(agent.model, usual, options.false_alarms) if trusting else None
+        returns, seen = evaluate_condition(config, agent, options, kept, rate, faults, trust)
         records.append({
             "run": str(folder), "task": config.task, "method": config.method, "seed": config.seed, "steps": steps,
             "missing": rate, "sensors": "+".join(kept), "returns": returns.tolist(),
+            "fault": ",".join(map("=".join, faults.items())), "trust": trusting,
         })  # fmt: skip
+        if trusting:
+            records[-1]["detection"] = {name: detection(seen, sensors.index(name)) for name in faults or kept}
         if options.calibration and config.method in ("mummi", "mummi_b", "mssm_e") and len(kept) > 1:
-            records[-1]["calibration"] = calibration(agent, seen, kept)
+            records[-1]["calibration"] = calibration(agent, seen[0], kept)
         if options.video:
             path = output_path(options)
-            which = [rate] if len(kept) == len(sensors) else [rate, *kept]
+            which = [rate, *records[-1]["fault"].split(",")] if faults else [rate]
+            which += [*(kept if len(kept) < len(sensors) else ()), *(["trust"] if trusting else [])]
             if len(options.runs) > 1:
                 which.insert(0, Path(folder).name)
-            write_video(path.with_name("-".join([path.name, *which]) + ".mp4"), seen)
+            write_video(path.with_name("-".join([path.name, *which]) + ".mp4"), seen[0])
     return records
+
+
+def evaluate_condition(config, agent, options, kept, rate, faults, trust):
+    """Returns (episodes,) of one condition, and what was seen, a list of steps for each ten episodes."""
+    episode_seeds, returns, seen = seeds(options.seed, count=options.episodes), np.empty(0), []
+    shared = sensing(config) | {"missing_rate": RATES[rate], "missing_process": options.missing_process}
+    if options.backgrounds:
+        shared["backgrounds"] = options.backgrounds
+    while len(returns) < options.episodes:  # ten at a time: each has a process of its own
+        ten = episode_seeds[len(returns) :][:10]
+        envs = environments.make_vector_env(
+            config.task, len(ten), split="eval", randomize=options.randomize, faults=faults,
+            fault_rate=options.fault_rate, remove=tuple(set(agent.model.modalities) - set(kept)), **shared,
+        )  # fmt: skip
+        more, what = run_episodes(agent, envs, ten, film=options.video and not seen, trust=trust)
+        returns, seen = np.append(returns, more), [*seen, what]
+        envs.close()
+    return returns, seen
+
+
+def detection(seen, m):
+    """How well the lies of sensor m were found: seen as of `evaluate_condition`, with a `Trust`.
+
+    returns  {"lies": share dropped, "honest": share dropped, "delay": mean steps to the first drop of a segment in which
+              there is one, "found": share of these segments, "area": under the ROC curve of the suspicion,
+              "roc": [[honest readings above a threshold, lies above it], ...]}; NaN where there are none
+    """
+    told, segments = [], []  # (suspicion, trusted, lying) of a reading; [steps to the first drop] of a segment
+    for steps in seen:
+        for b in range(len(steps[0]["reward"])):
+            lied = False
+            for step in steps:
+                lying = bool(step["lying"][b, m])
+                if np.isnan(step["reward"][b]) or not step["present"][b, m]:
+                    continue
+                trusted = step["trusted"][b, m]
+                told.append((step["suspicion"][b, m], trusted, lying))
+                if lying:
+                    segments += [] if lied else [[]]
+                    segments[-1].append(trusted)
+                lied = lying
+    suspicion, trusted, lying = np.array(told).T
+    lies, honest, lying = suspicion[lying > 0], suspicion[lying == 0], lying > 0
+    delays = [segment.index(0) for segment in segments if 0 in segment]
+    share = lambda x: float(np.mean(x)) if len(x) else math.nan  # noqa: E731
+    edges = np.unique(np.quantile(suspicion, np.linspace(0, 1, 101), method="lower"))[::-1]
+    roc = [[share(honest >= edge), share(lies >= edge)] for edge in edges]
+    ranks = np.searchsorted(np.sort(honest), lies, "left") + np.searchsorted(np.sort(honest), lies, "right")
+    return {
+        "lies": share(trusted[lying] == 0), "honest": share(trusted[~lying] == 0), "delay": share(delays),
+        "found": len(delays) / len(segments) if segments else math.nan,
+        "area": share(ranks / (2 * max(1, len(honest)))), "roc": roc,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -230,8 +311,10 @@ def pool(records):
     """
     groups = defaultdict(lambda: defaultdict(list))
     for record in records:
-        column = ", ".join(filter(None, (record["method"], record.get("label"))))
-        groups[record["task"], record["sensors"], record["missing"]][column].append(record)
+        trust = "trust" if record.get("trust") else ""
+        column = ", ".join(filter(None, (record["method"], record.get("label"), trust)))
+        missing = ", ".join(filter(None, (record["missing"], record.get("fault"))))
+        groups[record["task"], record["sensors"], missing][column].append(record)
     cells = {}
     for row, methods in groups.items():
         cells[row] = {}
@@ -293,6 +376,18 @@ def markdown(cells, references):
     return "\n".join(lines) + "\n"
 
 
+def detection_markdown(records):
+    """One line a record and faulty sensor that `Trust` watched."""
+    lines = ["", "| run | missing | fault | sensor | ROC area | lies dropped | honest dropped | segments found | delay |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for record in records:
+        for name, d in record.get("detection", {}).items():
+            lines.append(f"| {record['run']} | {record['missing']} | {record['fault'] or 'none'} | {name} | "
+                         f"{d['area']:.3f} | {d['lies']:.1%} | {d['honest']:.1%} | {d['found']:.0%} | "
+                         f"{d['delay']:.1f} |")  # fmt: skip
+    return "\n".join(lines).replace("nan%", "").replace("nan", "") + "\n" if len(lines) > 3 else ""
+
+
 def calibration_markdown(records):
     """One line a record that was calibrated."""
     lines = ["", "| run | missing | sensors | mean log std | share of the precision | rank of the matching step |",
@@ -328,7 +423,27 @@ def check(options):
         raise ValueError(f"--sensors {options.sensors} is unknown: give all, or leave it out")
     if options.missing_process not in environments.SCHEDULES:
         raise ValueError(f"--missing-process {options.missing_process} is unknown: give exact or released")
+    if options.false_alarms not in FALSE_ALARMS:
+        raise ValueError(f"--false-alarms {options.false_alarms}: choose among {', '.join(map(str, FALSE_ALARMS))}")
+    if not 0 <= options.fault_rate < 1:
+        raise ValueError(f"--fault-rate {options.fault_rate} is not allowed: give a number in [0, 1)")
     choose_device(options.device)
+
+
+def usual_of(folder, config, agent, state):
+    """The distances that are usual for a run: those of its checkpoint, or measured on its replay. None without experts.
+
+    Raises ValueError where there is neither.
+    """
+    if agent.model.fusion != "product" or "usual" in state:
+        return state.get("usual")
+    if not (Path(folder) / "replay").is_dir():
+        raise ValueError(f"--trust: {folder} was not trained to its end, and its replay is gone: leave --trust out")
+    env = environments.make_env(config.task, **sensing(config))
+    fields = replay_fields(env.observation_space, state["action_size"], config.continuation == "on")
+    replay = Replay(Path(folder) / "replay", fields, config.capacity)
+    replay.load_state_dict(state["replay"])
+    return measure(agent.model, replay)
 
 
 def main(options):
@@ -349,7 +464,8 @@ def main(options):
         agent.load_state_dict(state["agent"])
         say(f"{folder}: step {state['steps']}", sys.stderr)
         parameters = sum(p.numel() for p in agent.model.parameters())
-        for record in evaluate_run(folder, config, agent, state["steps"], options):
+        usual = usual_of(folder, config, agent, state) if options.trust else None
+        for record in evaluate_run(folder, config, agent, state["steps"], options, usual):
             records.append(record | {"parameters": parameters, "label": ", ".join(labels[folder])})
     tasks = {config.task: config for config in configs.values()} if options.references else {}
     references = {
@@ -357,7 +473,7 @@ def main(options):
         for task, config in tasks.items()
     }
 
-    table = markdown(pool(records), references) + calibration_markdown(records)
+    table = markdown(pool(records), references) + detection_markdown(records) + calibration_markdown(records)
     path.with_name(path.name + ".md").write_text(table)
     report = {"options": asdict(options), "records": records, "references": references}
     path.with_name(path.name + ".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -17,6 +17,7 @@ import fast
 from agent import Agent
 from mssm import MSSM, initialise
 from mummi_loss import Weights, cvrl, elbo, log_density_ratio, mummi, mummi_b
+from trust import Trust
 
 METHODS = {  # method: fusion, heads, objective
     "mummi": ("product", "g", mummi),
@@ -93,13 +94,14 @@ class Player:
              A sensor is missing at a step where its key is absent or any of its values is NaN.
     """
 
-    def __init__(self, agent):
-        self.agent, self.sensors = agent, dict(agent.model.modalities)
+    def __init__(self, agent, trust=None):
+        self.agent, self.sensors, self.trust = agent, dict(agent.model.modalities), trust
         self.reset()
 
     def reset(self):
         """Forget everything: an episode begins."""
         self.memory = self.agent.initial_memory(1)
+        self.first = torch.ones(1, dtype=torch.bool, device=self.agent.device)
 
     def filter(self, observation):
         """Take in one observation, {name: array}, and the action before it.
@@ -121,8 +123,10 @@ class Player:
             kind = np.uint8 if len(shape) == 3 and shape[-1] > 1 else np.float32
             tensors[name] = torch.as_tensor(arrays.get(name, np.zeros(shape, kind)), device=self.agent.device)[None]
         present = torch.tensor([[name in arrays for name in self.sensors]], device=self.agent.device)
-        first = torch.zeros(1, dtype=torch.bool, device=self.agent.device)
-        filtered = self.agent.filter(self.memory, tensors, present, first)
+        if self.trust:
+            present = self.trust(self.memory, tensors, present, self.first)
+        filtered = self.agent.filter(self.memory, tensors, present, self.first)
+        self.first = torch.zeros_like(self.first)
         self.memory = self.memory._replace(state=model.state(filtered))
         latent, agreement = model.latent(*self.memory.state), {}
         if hasattr(model, "g"):
@@ -139,8 +143,11 @@ class Player:
         return action[0].float().cpu().numpy()
 
 
-def load_agent(path, device="cpu"):
-    """The trained agent of a run's folder, or of a file of weights. Raises ValueError where there is none."""
+def load_agent(path, device="cpu", trust=False):
+    """The trained agent of a run's folder, or of a file of weights. Raises ValueError where there is none.
+
+    trust  let it drop the readings of sensors that lie, see `trust.py`; for runs that were trained to their end
+    """
     from checkpoint import load_checkpoint
     from config import make_config
 
@@ -149,4 +156,6 @@ def load_agent(path, device="cpu"):
     space = {name: SimpleNamespace(shape=tuple(shape)) for name, shape in state["modalities"].items()}
     agent = make_agent(config, space, state["action_size"])
     agent.load_state_dict(state["agent"])
-    return Player(agent)
+    if trust and "usual" not in state:
+        raise ValueError(f"{path} does not say what is usual: train it to its end, with a product of experts")
+    return Player(agent, Trust(agent.model, state["usual"]) if trust else None)

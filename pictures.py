@@ -26,7 +26,7 @@ from mssm import MAX_DEPTH, MIN_STD
 from mummi_loss import info_nce, log_density_ratio, log_inner_product, mutual_information
 from checkpoint import write_file
 
-NO_SENSOR = ("present", "action", "reward", "rendered")
+NO_SENSOR = ("present", "action", "reward", "rendered", "lying", "trusted", "suspicion")
 SIDE = 192  # pixels, of a panel of a film
 LABEL = 24  # pixels, height of the line above a panel
 STRIP = 16  # pixels, height of the line below bars
@@ -50,10 +50,11 @@ def panel(x, present=True, limits=(0, 1), side=128):
     return bars(x, limits, [f"{i}: {value:.2f}" if len(x) < 4 else f"{i}" for i, value in enumerate(x)], side)
 
 
-def bars(values, limits, texts, side=128, gap=2):
+def bars(values, limits, texts, side=128, gap=2, limit=None):
     """Values as bars from the line of 0, green up and orange down. (D,) -> (side, side, 3) uint8
 
     texts  below the bars, side by side; left out where there is no room
+    limit  a value at which to draw a line, too
     """
     (low, high), picture, height = limits, np.full((side, side, 3), 30, np.uint8), side - STRIP
     row = lambda value: round((height - 1) * float((high - np.clip(value, low, high)) / (high - low)))  # noqa: E731
@@ -62,7 +63,7 @@ def bars(values, limits, texts, side=128, gap=2):
             left, right = side * i // len(values) + gap, side * (i + 1) // len(values) - gap
             top, bottom = sorted((row(0), row(value)))
             picture[top : bottom + 1, left : max(right, left + 1)] = (90, 200, 120) if value >= 0 else (213, 94, 0)
-    picture[row(0)] = 170
+    picture[[row(x) for x in (0, limit) if x is not None]] = 170
     picture[height:] = 0
     canvas = Image.fromarray(picture)
     for i, text in enumerate(texts if len(texts) <= side / 16 else ()):
@@ -132,18 +133,33 @@ def frames(seen, every=1):
     rewards = [float(step["reward"][0]) for step in seen]
     limits = limits_of_vectors(seen) | {"reward": limits_of(rewards), "action": (-1, 1)}
     labels = {name: f"{name}, {low:.3g} to {high:.3g}" for name, (low, high) in limits.items()}
+    watched = [m for m in range(len(sensors(seen))) if any("trusted" in x and x["lying"][0, m] for x in seen)]
     for t in range(0, len(seen), every):
         step, here, panels = seen[t], seen[t]["present"][0], []
         if "rendered" in step:
             text = f"world; {sum(here)} of {len(here)} sensors work"
             panels.append(labelled(step["rendered"], text, SIDE, alarm=not any(here)))
-        for name, p in zip([*sensors(seen), "action"], [*here, 1]):
+        for name, p, told in zip([*sensors(seen), "action"], [*here, 1], [*verdicts(step, here), ""]):
             shown = panel(step[name][0], p, limits.get(name), SIDE)
-            panels.append(labelled(shown, labels.get(name, name) if p else f"{name}: missing", SIDE, alarm=not p))
+            panels.append(labelled(shown, f"{name}: {told}" if told else labels.get(name, name), SIDE, alarm=told))
+        for m in watched:
+            last = [math.nan] * (63 - t) + [min(3.0, step["suspicion"][0, m]) for step in seen[max(0, t - 63) : t + 1]]
+            label = f"{sensors(seen)[m]}: suspicion, 0 to 3"
+            panels.append(labelled(bars(last, (0, 3), ["above 1 it is not believed"], SIDE, 0, 1), label, SIDE))
         text = f"now {rewards[t]:.2f}, sum {sum(rewards[: t + 1]):.1f}"
         last = [math.nan] * (63 - t) + rewards[max(0, t - 63) : t + 1]
         panels.append(labelled(bars(last, limits["reward"], [text], SIDE, gap=0), labels["reward"], SIDE))
         yield grid(panels)
+
+
+def verdicts(step, here):
+    """What to say of each sensor: that it is missing, that it lies, that it is not believed; or nothing."""
+    M = len(here)
+    lying, trusted = (step.get(name, [[default] * M])[0] for name, default in (("lying", 0), ("trusted", 1)))
+    return [
+        "missing" if not p else ", ".join(["lies"] * bool(lies) + ["not believed"] * (not t))
+        for p, lies, t in zip(here, lying, trusted)
+    ]
 
 
 def write_video(path, seen, fps=20):

@@ -149,13 +149,15 @@ class Trust:
         said, log_std = [x[0] for x in said], log_std[0]
         expected, _, _ = predict(self.model, State(*(x * goes_on for x in memory.state)), memory.action * goes_on)
         if first.all():  # silent: steps since a sensor was believed
-            self.silent, self.seen, self.said = torch.full_like(present, AHEAD, dtype=torch.long), present & False, said
+            self.silent, self.odd = torch.full_like(present, AHEAD, dtype=torch.long), torch.zeros_like(log_std)
+            self.seen, self.said = present & False, said
         silent = torch.where(goes_on, self.silent, AHEAD)
 
         moved, far = distance(said, self.said), distance(said, expected)  # (B, M)
         frozen = torch.where(present & self.seen & goes_on & (moved < self.motion), self.motion / moved, 0)
         heard = present & (frozen <= 1)
         odd = far / self.surprise[0] * (2 * (log_std - self.log_std)).exp()
+        self.odd = odd = torch.where(present & self.seen & goes_on, (odd + self.odd) / 2, odd)
         worse = (odd.unsqueeze(-1) > odd.unsqueeze(-2)) & heard.unsqueeze(-1) & heard.unsqueeze(-2)
         quarrel = torch.where(worse, between(said) / self.quarrel, 0).amax(-1)
         surprise = far / self.surprise.gather(0, silent)
