@@ -349,7 +349,7 @@ def test_sizes():
     root = {path.name: n for path, n in lines.items() if path.parent == ROOT and path.suffix == ".py"}
     most = {"mssm.py": 420, "mummi_loss.py": 240, "agent.py": 400, "methods.py": 152, "train.py": 250, "envs.py": 810}
     assert {name: n for name, n in root.items() if n > most.get(name, 520)} == {}
-    assert len(root) <= 14 and sum(root.values()) <= 4800 and sum(lines.values()) - lines[ROOT / "README.md"] <= 6450
+    assert len(root) <= 14 and sum(root.values()) <= 4870 and sum(lines.values()) - lines[ROOT / "README.md"] <= 6520
 
 
 @pytest.mark.parametrize("command", ["ruff check --no-cache .", "mypy --cache-dir {}"])
