@@ -352,7 +352,7 @@ def test_sizes():
     root = {path.name: n for path, n in lines.items() if path.parent == ROOT and path.suffix == ".py"}
     most = {"mssm.py": 420, "mummi_loss.py": 240, "agent.py": 400, "methods.py": 152, "train.py": 250, "envs.py": 820}
     assert {name: n for name, n in root.items() if n > most.get(name, 520)} == {}
-    assert len(root) <= 14 and sum(root.values()) <= 4830 and sum(lines.values()) - lines[ROOT / "README.md"] <= 6475
+    assert len(root) <= 14 and sum(root.values()) <= 4950 and sum(lines.values()) - lines[ROOT / "README.md"] <= 6600
 
 
 @pytest.mark.parametrize("command", ["ruff check --no-cache .", "mypy --cache-dir {}"])

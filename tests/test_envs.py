@@ -688,7 +688,7 @@ def test_toy_sensors_agree(make):
         for name in set(expected) & set(observation):
             assert (observation[name] == expected[name]).all()
         assert np.argwhere(disc(env.render())).mean(0) == pytest.approx(
-            [64 * (1.1 - y) / 1.2 - 0.5, 64 * (x + 0.1) / 1.2 - 0.5], abs=0.5)
+            [192 * (1.1 - y) / 1.2 - 0.5, 192 * (x + 0.1) / 1.2 - 0.5], abs=0.5)
 
 
 # ---- 6. Environments ----

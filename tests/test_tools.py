@@ -46,7 +46,7 @@ def test_sections_of_the_agent_are_written_as_json(small, tmp_path, capsys):
     assert set(report["action"]) == {"1", "8", "16"} and report["action"]["8"]["median"] > 0
     stages = report["stages"]
     assert sum(stages.values()) == pytest.approx(2 * stages["update"], abs=0.1) and min(stages.values()) >= 0
-    assert capsys.readouterr().out.endswith(f"{output}: stages, action\n")
+    assert capsys.readouterr().out.endswith(f"{output}: stages, action; compare with results/benchmark and docs/speed.md\n")
 
 
 def test_ours_is_timed_beside_others_in_a_process_of_its_own():

@@ -77,8 +77,9 @@ def test_the_video_shows_what_the_agent_saw(folder):
     with av.open(str(folder / "video-00000600.mp4")) as video:
         pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(pictures) == 100
-    assert pictures[0].shape == (152, 512, 3)  # position, camera, action and reward, twice as large, labelled
-    brightest = [picture[30:, 132:252].max() for picture in pictures]  # the world is bright, a cross is grey
+    assert pictures[0].shape == (220, 980, 3)  # world, position, camera, action and reward, three times as large
+    assert min(picture[30:210, 10:180].max() for picture in pictures) > 150, "the world is always shown"
+    brightest = [picture[30:210, 402:574].max() for picture in pictures]  # the camera is bright, a cross is grey
     assert 30 <= sum(value < 130 for value in brightest) <= 45, "38 of 101 are missing and crossed out"
 
 
