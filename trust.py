@@ -54,8 +54,10 @@ def distance(a, b):
     return torch.stack([(x - y).square().sum(-1) for x, y in zip(a, b)], -1)
 
 
-def between(codes):
-    """The same between all pairs of sensors. M codes (..., D) -> (..., M, M)"""
+def between(model, codes):
+    """The same between all pairs of sensors; 0 where they share no code. M codes (..., D) -> (..., M, M)"""
+    if hasattr(model, "decoders"):
+        return codes[0].new_zeros(*codes[0].shape[:-1], len(codes), len(codes))
     return torch.stack([distance([x] * len(codes), codes) for x in codes], -2)
 
 
@@ -100,7 +102,7 @@ def usual_distances(model, observation, present, action):
         state = State(h, sample(prior, torch.randn_like(state.s_c)))
         state = State(*(x.unflatten(0, known.shape) for x in state))
     both = present.unsqueeze(-1) & present.unsqueeze(-2)
-    quarrel = each(between(said).flatten(-2), both.flatten(-2), 1 - rates).unflatten(-1, both.shape[-2:])
+    quarrel = each(between(model, said).flatten(-2), both.flatten(-2), 1 - rates).unflatten(-1, both.shape[-2:])
     moved, twice = distance([x[1:] for x in said], [x[:-1] for x in said]), present[1:] & present[:-1]
     return {
         "surprise": torch.stack(surprise, 1).cummax(1).values,
@@ -159,7 +161,7 @@ class Trust:
         odd = far / self.surprise[0] * (2 * (log_std - self.log_std)).exp()
         self.odd = odd = torch.where(present & self.seen & goes_on, (odd + self.odd) / 2, odd)
         worse = (odd.unsqueeze(-1) > odd.unsqueeze(-2)) & heard.unsqueeze(-1) & heard.unsqueeze(-2)
-        quarrel = torch.where(worse, between(said) / self.quarrel, 0).amax(-1)
+        quarrel = torch.where(worse, between(self.model, said) / self.quarrel, 0).amax(-1)
         surprise = far / self.surprise.gather(0, silent)
         self.suspicion = torch.where(present, torch.stack([frozen, quarrel, surprise]).amax(0), 0)
 
