@@ -16,6 +16,7 @@ import test_mssm
 import test_mummi_loss
 import test_replay
 import test_train
+import test_trust
 
 import agent
 import envs
@@ -25,6 +26,7 @@ import mssm
 import mummi_loss
 import replay
 import train
+import trust
 
 make = test_envs.make  # the fixtures that their tests ask for
 float64, stance = test_fast.float64, test_fast.stance
@@ -197,10 +199,30 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_envs.test_training_and_evaluation_scenes_are_disjoint),
     ("training's backgrounds in training's evaluation", train.main, 'split="eval"', 'split="train"',
      test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
-    ("training's backgrounds in evaluate.py", evaluate.evaluate_run, 'split="eval"', 'split="train"',
+    ("training's backgrounds in evaluate.py", evaluate.evaluate_condition, 'split="eval"', 'split="train"',
      test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
     ("exploration in evaluation episodes", evaluate.follow, "explore=False", "explore=True",
      test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
+
+    # Sensors that lie
+    ("a sensor that never tells the truth", envs.LyingSensors.lie, "if lying[name]:", "if True:",
+     test_trust.test_a_sensor_lies_exactly_as_often_as_asked_and_only_then),
+    ("another rate of lies", envs.LyingSensors.reset, "self.rate, MAX_SEGMENT", "0.4, MAX_SEGMENT",
+     test_trust.test_a_sensor_lies_exactly_as_often_as_asked_and_only_then),
+    ("less late than said", envs.LyingSensors.reading, "self.good[name][0]", "self.good[name][-1]",
+     test_trust.test_each_fault_is_what_it_is_called),
+    ("compared with what was known afterwards", trust.usual_distances, "x[:-1].flatten(0, 1)", "x[1:].flatten(0, 1)",
+     test_trust.test_surprise_is_the_distance_from_the_prediction_of_one_step_before),
+    ("frozen readings believed", trust.Trust.__call__, "(moved < self.motion)", "(moved < 0)",
+     test_trust.test_a_reading_that_does_not_move_is_frozen_where_honest_ones_always_move),
+    ("the less surprising loses a quarrel", trust.Trust.__call__, "odd.unsqueeze(-1) > odd", "odd.unsqueeze(-1) < odd",
+     test_trust.test_of_two_that_quarrel_the_more_surprising_is_dropped),
+    ("how sure an expert is does not count", trust.Trust.__call__, "(2 * (log_std - self.log_std))", "(0 * log_std)",
+     test_trust.test_an_expert_that_is_less_sure_than_usual_loses_a_quarrel),
+    ("no other hearing", trust.Trust.__call__, "(silent + 1).clamp(max=AHEAD)", "silent * 0",
+     test_trust.test_a_sensor_that_was_silent_for_long_may_be_farther_off_and_then_gets_a_hearing),
+    ("suspected before anything was predicted", trust.Trust.__call__, "torch.where(goes_on, self.silent, AHEAD)", "self.silent * 0",
+     test_trust.test_a_reading_far_from_the_prediction_is_dropped),
 
     # Replay
     ("sequences across episodes", replay.Replay.choose, "rows - length + 1", "rows",
@@ -213,7 +235,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
 ]  # fmt: skip
 CHOSEN = dict(  # for a test that runs for several
     method="mummi", steps=501, rate=0.375, max_length=14, axes=(5, 7), nonsense=float("nan"), fusion="product", fast=True,
-    change=dict(touch=test_mssm.uint8(2)), message="'touch' is torch.uint8", bfloat16=False,
+    fault="black", sensor="camera", change=dict(touch=test_mssm.uint8(2)), message="'touch' is torch.uint8", bfloat16=False,
 )  # fmt: skip
 PRODUCTS = {  # seconds, and whether oneDNN's is exact, by the fault that only they show
     "products in bfloat16 for speed": dict(one_dnn=0.5, mkl=1.0, exact=False, expected="highest", before="highest"),
