@@ -12,6 +12,7 @@ Shapes: T steps, B sequences, M modalities, D size of a code: D_f. Time first.
 """
 
 import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def between(model, codes):
 def measure(model, replay):
     """`usual_distances` of the newest episodes of a replay, about ROWS steps from their beginnings."""
     length = int(np.median([rows for _, rows, _ in replay.episodes[-50:]]))
-    first = [start for start, rows, _ in replay.episodes if rows >= length][-max(4, ROWS // length) :]
+    first = [start for start, rows, _ in replay.episodes if rows >= length][-max(1, ROWS // length) :]
     batch = replay.read(np.array(first), replay.buffers(len(first), length))
     batch = {name: torch.as_tensor(x, device=next(model.parameters()).device) for name, x in batch.items()}
     with torch.random.fork_rng(), torch.no_grad():
@@ -80,7 +81,7 @@ def usual_distances(model, observation, present, action):
 
     surprise  (R, AHEAD, M)  from what was predicted 1 to AHEAD steps before; exceeded at the RATES (R,)
     quarrel   (R, M, M)      between two sensors' codes at one step; exceeded at the RATES. Infinite with decoders
-    motion    (R, M)         between a sensor's codes at two steps; *fallen short of* at the RATES
+    repeat    (R, M)         from the nearest of the sensor's own last AHEAD codes; *fallen short of* at the RATES
     log_std   (R, M)         median of the expert's uncertainty, R times the same
     """
     (said, log_std), filtered = read(model, observation, present), model.observe(observation, present, action)
@@ -103,11 +104,14 @@ def usual_distances(model, observation, present, action):
         state = State(*(x.unflatten(0, known.shape) for x in state))
     both = present.unsqueeze(-1) & present.unsqueeze(-2)
     quarrel = each(between(model, said).flatten(-2), both.flatten(-2), 1 - rates).unflatten(-1, both.shape[-2:])
-    moved, twice = distance([x[1:] for x in said], [x[:-1] for x in said]), present[1:] & present[:-1]
+    nearest = torch.full(present.shape, math.inf, device=action.device)
+    for k in range(1, AHEAD + 1):
+        near = distance([x[k:] for x in said], [x[:-k] for x in said]).masked_fill(~(present[k:] & present[:-k]), math.inf)
+        nearest[k:] = torch.minimum(nearest[k:], near)
     return {
         "surprise": torch.stack(surprise, 1).cummax(1).values,
         "quarrel": torch.full_like(quarrel, math.inf) if hasattr(model, "decoders") else quarrel,
-        "motion": each(moved, twice, rates),
+        "repeat": each(nearest, nearest.isfinite(), rates),
         "log_std": each(log_std, present, torch.full_like(rates, 0.5)),
     }
 
@@ -119,9 +123,9 @@ class Trust:
     """Decide, step by step, whose reading is fused: those whose suspicion is at most 1.
 
     A reading is dropped
-    1. if it has moved less since the step before than honest readings do: it is frozen;
+    1. if it repeats itself, being nearer to one of its sensor's last AHEAD readings than honest ones are;
     2. if it quarrels with another, being farther from it than honest ones are, and is the more surprising of the two,
-       log f times its expert's variance;
+       by log f times its expert's variance over the last two steps, or by a reading that is an exact repetition;
     3. if it is farther from the prediction than honest ones are, as many steps after its sensor was last believed.
        After AHEAD steps a sensor gets another hearing: this test is passed, whatever it says.
 
@@ -138,8 +142,8 @@ class Trust:
             raise ValueError("fusion by concatenation has no experts: nothing tells which of its sensors lies")
         self.model, self.suspicion = model, torch.empty(0)  # (B, M) of the last step
         at, device = RATES.index(false_alarms), next(model.parameters()).device
-        self.surprise, self.quarrel, self.motion, self.log_std = (
-            usual[name][at].to(device) for name in ("surprise", "quarrel", "motion", "log_std")
+        self.surprise, self.quarrel, self.repeat, self.log_std = (
+            usual[name][at].to(device) for name in ("surprise", "quarrel", "repeat", "log_std")
         )
         self.surprise = torch.cat([self.surprise, torch.full_like(self.surprise[:1], math.inf)])  # (AHEAD + 1, M)
 
@@ -150,21 +154,26 @@ class Trust:
         said, log_std = read(self.model, {k: x.unsqueeze(0) for k, x in observation.items()}, present.unsqueeze(0))
         said, log_std = [x[0] for x in said], log_std[0]
         expected, _, _ = predict(self.model, State(*(x * goes_on for x in memory.state)), memory.action * goes_on)
-        if first.all():  # silent: steps since a sensor was believed
+        if first.all():  # silent: steps since a sensor was believed; past: [(codes, where they are of this episode)]
             self.silent, self.odd = torch.full_like(present, AHEAD, dtype=torch.long), torch.zeros_like(log_std)
-            self.seen, self.said = present & False, said
+            self.past = deque()
         silent = torch.where(goes_on, self.silent, AHEAD)
+        self.past = deque([(codes, seen & goes_on) for codes, seen in self.past], AHEAD)
 
-        moved, far = distance(said, self.said), distance(said, expected)  # (B, M)
-        frozen = torch.where(present & self.seen & goes_on & (moved < self.motion), self.motion / moved, 0)
-        heard = present & (frozen <= 1)
+        nearest, far = torch.full_like(log_std, math.inf), distance(said, expected)  # (B, M)
+        for codes, seen in self.past:
+            nearest = torch.minimum(nearest, distance(said, codes).masked_fill(~(seen & present), math.inf))
+        repeat = torch.where(nearest < self.repeat, self.repeat / nearest, 0)
+        heard = present & (repeat <= 1)
         odd = far / self.surprise[0] * (2 * (log_std - self.log_std)).exp()
-        self.odd = odd = torch.where(present & self.seen & goes_on, (odd + self.odd) / 2, odd)
-        worse = (odd.unsqueeze(-1) > odd.unsqueeze(-2)) & heard.unsqueeze(-1) & heard.unsqueeze(-2)
+        odd = torch.where(self.past[-1][1] & present, (odd + self.odd) / 2, odd) if self.past else odd
+        doubt = odd.masked_fill(nearest == 0, math.inf)
+        worse = (doubt.unsqueeze(-1) > doubt.unsqueeze(-2)) & heard.unsqueeze(-1) & heard.unsqueeze(-2)
         quarrel = torch.where(worse, between(self.model, said) / self.quarrel, 0).amax(-1)
         surprise = far / self.surprise.gather(0, silent)
-        self.suspicion = torch.where(present, torch.stack([frozen, quarrel, surprise]).amax(0), 0)
+        self.suspicion = torch.where(present, torch.stack([repeat, quarrel, surprise]).amax(0), 0)
 
         trusted = present & (self.suspicion <= 1)
-        self.silent, self.seen, self.said = torch.where(trusted, 0, (silent + 1).clamp(max=AHEAD)), present, said
+        self.silent, self.odd = torch.where(trusted, 0, (silent + 1).clamp(max=AHEAD)), odd
+        self.past.append((said, present))
         return trusted

@@ -1,5 +1,6 @@
 """Sensors that lie: the wrapper lies exactly as often as asked, and the rule finds lies by what honest readings showed."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -139,10 +140,15 @@ def test_a_share_of_the_clean_distances_is_unusual():
     with torch.no_grad():
         said, log_std = read(model, batch["observation"], present)
     at = RATES.index(0.1)
-    moved, twice = distance([x[1:] for x in said], [x[:-1] for x in said]), present[1:] & present[:-1]
+    T = len(present)
+    nearest = torch.full((T, B, M), math.inf)
+    for m, b, t in itertools.product(range(M), range(B), range(T)):
+        for s in range(max(0, t - AHEAD), t):
+            if present[t, b, m] and present[s, b, m]:
+                nearest[t, b, m] = min(nearest[t, b, m], (said[m][t, b] - said[m][s, b]).square().sum())
     for m in range(M):
-        still = (moved[..., m] < usual["motion"][at, m])[twice[..., m]].float().mean()
-        assert 0.05 < still < 0.15
+        again = (nearest[..., m] < usual["repeat"][at, m])[nearest[..., m].isfinite()].float().mean()
+        assert 0.05 < again < 0.15
         for n in range(M):
             apart = (said[m] - said[n]).square().sum(-1)
             both = present[..., m] & present[..., n]
@@ -210,12 +216,12 @@ class Line:
         return latent
 
 
-def line(surprise=1.0, quarrel=4.0, motion=0.0, growth=1.0):
+def line(surprise=1.0, quarrel=4.0, repeat=0.0, growth=1.0):
     """A `Trust` of `Line`, with limits for squared distances; surprise grows with the steps ahead."""
     R, sure = len(RATES), math.log(math.log(2) + 0.1)
     ahead = surprise * growth ** torch.arange(AHEAD).float()
     usual = {"surprise": ahead[None, :, None].expand(R, AHEAD, 2), "quarrel": torch.full((R, 2, 2), quarrel),
-             "motion": torch.full((R, 2), motion), "log_std": torch.full((R, 2), sure)}  # fmt: skip
+             "repeat": torch.full((R, 2), repeat), "log_std": torch.full((R, 2), sure)}  # fmt: skip
     return Trust(Line(), usual)
 
 
@@ -262,15 +268,20 @@ def test_an_expert_that_is_less_sure_than_usual_loses_a_quarrel():
     assert ask(trust, -1.2, 1.4) == [False, True]
 
 
-def test_a_reading_that_does_not_move_is_frozen_where_honest_ones_always_move():
-    trust = line(motion=0.01)
+def test_a_reading_that_repeats_is_dropped_where_honest_ones_never_do():
+    trust = line(repeat=0.01)
     ask(trust, 0.5, 0.0, first=True)
     assert ask(trust, 0.5, 0.2) == [False, True]
     assert ask(trust, 0.7, 0.2) == [True, False]
+    assert ask(trust, 0.9, 0.0) == [True, False], "of some steps ago"
+    assert ask(trust, 0.5, 0.4, present=(0, 1)) == [False, True]
     assert ask(trust, 0.7, 0.4, first=True) == [True, True], "an episode begins"
-    trust = line(motion=0.0)
+    trust = line(repeat=0.0)
     ask(trust, 0.5, 0.0, first=True)
     assert ask(trust, 0.5, 0.0) == [True, True], "here honest ones stand still as well"
+    trust = line(surprise=100.0)
+    ask(trust, 0.5, 0.0, first=True)
+    assert ask(trust, 0.5, -2.0) == [False, True], "but then it loses a quarrel"
 
 
 def test_what_has_no_experts_and_other_rates_are_refused():
@@ -302,7 +313,7 @@ def test_a_finished_run_knows_what_is_usual(run):
 def test_where_nothing_is_dropped_the_agent_acts_bit_for_bit_as_without_the_rule(run):
     agent = methods.load_agent(run).agent
     usual = torch.load(run / "checkpoint.pt", weights_only=True)["usual"]
-    usual = {name: torch.full_like(x, 0 if name == "motion" else math.inf) for name, x in usual.items()}
+    usual = {name: torch.full_like(x, 0 if name == "repeat" else math.inf) for name, x in usual.items()}
     usual["log_std"] = torch.zeros_like(usual["log_std"])
     envs = make_vector_env("toy", 2, split="eval")
     plain, seen = evaluate.run_episodes(agent, envs, [1, 2])
