@@ -146,6 +146,7 @@ class Step(torch.autograd.Function):
 
 
 def refuse_second_derivatives():
+    """Raises RuntimeError in a backward pass that is to be differentiated itself."""
     if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError("a FastMSSM has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
 
