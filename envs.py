@@ -267,7 +267,7 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
 
     def lie(self, observation, info):
         """The observation with this step's lies, and the truth about them in `info`."""
-        lying = dict(zip(self.sensors, self.lies[self.t % len(self.lies)]))  # a ring: without a time limit it goes round
+        lying = dict(zip(self.sensors, self.lies[self.t % len(self.lies)]))  # a ring: it goes round without a limit
         for name, fault in self.faults.items():
             x, box = observation[name], self.sensors[name]
             lying[name] &= fault != "frozen" or len(self.good[name]) > 0  # else there is nothing to repeat as yet

@@ -155,7 +155,7 @@ def faults_to_try(options, modalities):
 
 
 def evaluate_run(folder, config, agent, steps, options, usual=None):
-    """Episodes of one run. Returns records, a dictionary for each condition: missing rate, set of sensors, fault, trust.
+    """Episodes of one run. Returns records, a dictionary for each missing rate, set of sensors, fault, trust.
 
     steps  environment steps that the agent was trained for
     usual  from `trust.measure`: repeat each condition with `Trust`
@@ -209,8 +209,8 @@ def evaluate_condition(config, agent, options, kept, rate, faults, trust):
 def detection(seen, m):
     """How well the lies of sensor m were found: seen as of `evaluate_condition`, with a `Trust`.
 
-    returns  {"lies": share dropped, "honest": share dropped, "delay": mean steps to the first drop of a segment in which
-              there is one, "found": share of these segments, "area": under the ROC curve of the suspicion,
+    returns  {"lies": share dropped, "honest": share dropped, "delay": mean steps to the first drop of a segment
+              in which there is one, "found": share of these, "area": under the ROC curve of the suspicion,
               "roc": [[honest readings above a threshold, lies above it], ...]}; NaN where there are none
     """
     told, segments = [], []  # (suspicion, trusted, lying) of a reading; [steps to the first drop] of a segment
@@ -378,7 +378,7 @@ def markdown(cells, references):
 
 def detection_markdown(records):
     """One line a record and faulty sensor that `Trust` watched."""
-    lines = ["", "| run | missing | fault | sensor | ROC area | lies dropped | honest dropped | segments found | delay |",
+    lines = ["", "| run | missing | fault | sensor | ROC area | lies dropped | honest dropped | segments | delay |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for record in records:
         for name, d in record.get("detection", {}).items():

@@ -1,8 +1,9 @@
 """Which readings to believe: sensors that lie while they are flagged present, found by the density ratio.
 
-MuMMI learns log f(x^m, z) = -|| mu^m(x^m) - g(z) ||^2, Eq. (16): high where a reading and a state belong together. Before
-a reading is fused, `Trust` compares it with the state that was predicted without it, with the other readings, and with
-the one before. What is usual is measured on the run's own episodes, in which no sensor lies: nobody shows it a fault.
+MuMMI learns log f(x^m, z) = -|| mu^m(x^m) - g(z) ||^2, Eq. (16): high where a reading and a state belong together.
+Before a reading is fused, `Trust` compares it with the state that was predicted without it, with the other readings,
+and with its sensor's own last ones. What is usual is measured on the run's own episodes, in which no sensor lies: no
+fault is ever shown to it.
 
     usual = measure(agent.model, replay)
     trust = Trust(agent.model, usual, false_alarms=0.005)
@@ -106,8 +107,8 @@ def usual_distances(model, observation, present, action):
     quarrel = each(between(model, said).flatten(-2), both.flatten(-2), 1 - rates).unflatten(-1, both.shape[-2:])
     nearest = torch.full(present.shape, math.inf, device=action.device)
     for k in range(1, AHEAD + 1):
-        near = distance([x[k:] for x in said], [x[:-k] for x in said]).masked_fill(~(present[k:] & present[:-k]), math.inf)
-        nearest[k:] = torch.minimum(nearest[k:], near)
+        near, both = distance([x[k:] for x in said], [x[:-k] for x in said]), present[k:] & present[:-k]
+        nearest[k:] = torch.minimum(nearest[k:], near.masked_fill(~both, math.inf))
     return {
         "surprise": torch.stack(surprise, 1).cummax(1).values,
         "quarrel": torch.full_like(quarrel, math.inf) if hasattr(model, "decoders") else quarrel,

@@ -350,9 +350,9 @@ def test_sizes():
     lines = {path: len(path.read_text().splitlines()) for path in [*FILES, ROOT / "README.md"]}
     assert lines[ROOT / "README.md"] < 220
     root = {path.name: n for path, n in lines.items() if path.parent == ROOT and path.suffix == ".py"}
-    most = {"mssm.py": 420, "mummi_loss.py": 240, "agent.py": 400, "methods.py": 152, "train.py": 250, "envs.py": 820}
+    most = {"mssm.py": 420, "mummi_loss.py": 240, "agent.py": 400, "methods.py": 165, "train.py": 250, "envs.py": 940}
     assert {name: n for name, n in root.items() if n > most.get(name, 520)} == {}
-    assert len(root) <= 14 and sum(root.values()) <= 4950 and sum(lines.values()) - lines[ROOT / "README.md"] <= 6600
+    assert len(root) <= 15 and sum(root.values()) <= 5380 and sum(lines.values()) - lines[ROOT / "README.md"] <= 7025
 
 
 @pytest.mark.parametrize("command", ["ruff check --no-cache .", "mypy --cache-dir {}"])

@@ -7,18 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import B, M, T, TINY, observe, random_batch, tiny_agent, tiny_model
+from conftest import B, M, observe, random_batch, tiny_agent, tiny_model
 from gymnasium.utils.env_checker import check_env
 
 import evaluate
 import methods
 import train
-from checkpoint import save_checkpoint
 from config import parse
 from envs import DELAY, FAULTS, LyingSensors, ToyWorld, make_env, make_vector_env
 from mssm import State
-from replay import Replay
-from trust import AHEAD, RATES, Trust, distance, measure, read, usual_distances
+from trust import AHEAD, RATES, Trust, read, usual_distances
 
 PENDULUM = {"task_kwargs": {"render_mode": "rgb_array"}}
 
