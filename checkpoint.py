@@ -215,7 +215,7 @@ def quiet(arguments):
 
 
 GROUPS = {  # of TensorBoard's scalars, by what their names begin with
-    "return": ("train_return", "eval_"), "behaviour": ("actor", "critic", "imagined", "saturated", "action"),
+    "return": ("train_return", "eval_"), "behaviour": ("actor", "critic", "imagined", "earned", "saturated", "action"),
     "sensors": ("information", "reconstruction"), "speed": ("updates",), "model": ("",),
 }  # fmt: skip
 
@@ -237,6 +237,7 @@ class Log:
         self.pending = defaultdict(list)
         self.batch = None  # the last one
         self.learnt = None  # (time, steps) of the first learnt step
+        self.imagined = math.nan  # the newest imagined return
         self.bar = tqdm(total=total, unit="step", smoothing=0.05, ncols=80, file=sys.stderr or open(os.devnull, "w"))
 
     def add(self, metrics, batch):
@@ -287,6 +288,7 @@ class Log:
 
             threading.excepthook = quiet
             self.board = SummaryWriter(self.folder, purge_step=self.purge_step)
+        self.imagined = values.get("imagined_return", self.imagined)
         if "train_return" in values:
             self.show(steps, f"return {values['train_return']:.4g}")
         if self.learnt:

@@ -53,6 +53,7 @@ class Protocol:
 
     steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16 [code: 2000000]
     prefill: int = 5_000  # random environment steps first, and on to the end of an episode [code: 5000]
+    prefill_hold: int = 0  # 0: uniform actions there; else the untrained actor's, held so long.  Dev. D27 [code: 0]
     first_updates: int = 100  # updates after the random steps [code: 100]
     updates_per_1000: float = 100  # updates per 1,000 environment steps [code: 100]
     capacity: int = 1_000_000  # decisions kept in the replay [ours]
@@ -158,8 +159,8 @@ LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail fo
     **dict.fromkeys("steps capacity log_every eval_every".split(), 10**10),
 }
 POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
-NOT_NEGATIVE = ("seed prefill first_updates updates_per_1000 model_updates exploration mpc_rate mpc_iterations "
-                "fused_kl_scale reward_weight free_nats").split()  # fmt: skip
+NOT_NEGATIVE = ("seed prefill prefill_hold first_updates updates_per_1000 model_updates exploration mpc_rate "
+                "mpc_iterations fused_kl_scale reward_weight free_nats").split()  # fmt: skip
 CHOICES: dict[str, list] = {
     "preset": ["paper", "small"], "method": list(METHODS),
     "precision": ["auto", "float32", "bfloat16"], "act_by": ["mode", "sample"],

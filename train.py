@@ -59,6 +59,17 @@ def spare_rows(config, envs):
     return min(2 * episodes * (length + 1), config.capacity)
 
 
+def random_action(config, rng, action, t):
+    """The random phase's action (num_envs, A) at decision t of an episode, after `action`: uniform, or the untrained
+    actor's, tanh of a Gaussian, held for `prefill_hold` decisions.  Dev. D27
+    """  # fmt: skip
+    if not config.prefill_hold:
+        return rng.uniform(-1, 1, action.shape).astype(np.float32)
+    if t % config.prefill_hold:
+        return action
+    return np.tanh(config.initial_std * rng.standard_normal(action.shape)).astype(np.float32)
+
+
 def standardise(model, replay):
     """Let the model scale every vector by its mean and deviation in the replay, where it was present."""
     present = replay.rows_of("present").astype(bool)
@@ -125,7 +136,7 @@ def collect(config, agent, envs, batches, log, progress, check):
         check()
 
         if progress.updates == 0:
-            action = batches.rng.uniform(-1, 1, action.shape).astype(np.float32)
+            action = random_action(config, batches.rng, action, t)
         else:
             action, memory = act(agent, memory, observation, first, explore=True)
         envs.step_async(action)
@@ -138,16 +149,33 @@ def collect(config, agent, envs, batches, log, progress, check):
         log.show(progress.steps)
 
 
+def earned_return(reward, discount, ends):
+    """The mean discounted sum of the rewards that followed a step: what `imagined_return` should be.
+
+    reward  (T, num_envs), NaN after an episode
+    ends    False: episodes are cut by time alone, and are taken to go on as they were
+    """
+    total = weight = following = steps = np.zeros(len(reward[0]))
+    for r in reversed(reward):
+        on = ~np.isnan(r)
+        following, steps = on * (np.nan_to_num(r) + discount * following), on * (1 + discount * steps)
+        total, weight = total + following, weight + (on if ends or discount == 1 else (1 - discount) * steps)
+    return float(total.sum() / weight.sum())
+
+
 def evaluate(config, agent, envs, log, progress, folder, save, check):
     """Let the agent act in evaluation episodes; save, then show."""
     returns, seen = run_episodes(agent, envs, seeds(config.seed, count=config.eval_episodes), check, film=True)
     mean, std = float(returns.mean()), float(returns.std())
-    log.write(progress.steps, {"updates": progress.updates, "eval_return": mean, "eval_std": std})
+    earned = earned_return([step["reward"] for step in seen], config.discount, config.continuation == "on")
+    values = {"updates": progress.updates, "eval_return": mean, "eval_std": std, "earned_return": earned}
+    log.write(progress.steps, values)
     write_video(folder / f"video-{progress.steps:08}.mp4", seen)
     log.show_pictures(progress.steps, of_evaluation(agent.model, seen, config.method), gif(seen))
     progress.evaluated = progress.steps
     save()
-    say(f"step {progress.steps}: return {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
+    say(f"step {progress.steps}: return {mean:.1f} ± {std:.1f} over {len(returns)} episodes; discounted, "
+        f"{earned:.3g} was earned and {log.imagined:.3g} imagined")  # fmt: skip
 
 
 def main(config):

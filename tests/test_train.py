@@ -1,6 +1,7 @@
 """The training loop: what it leaves, how often it updates, that it resumes exactly, and what it refuses."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,28 @@ def test_what_is_looked_at_changes_nothing_that_is_learnt(folder, options):
     assert [path for path in whole if not np.array_equal(whole[path], other[path])] == []
     returns = [[x["train_return"] for x in lines(folder.parent / n) if "train_return" in x] for n in ("whole", name)]
     assert returns[0] == returns[1]
+
+
+@pytest.mark.dev(27)
+def test_random_actions_are_uniform_or_the_untrained_actors_and_held():
+    rng, zero = np.random.default_rng(0), np.zeros((2000, 2), np.float32)
+    uniform = train.random_action(Config(), rng, zero, 1)
+    assert abs((abs(uniform) > 0.5).mean() - 0.5) < 0.03 and (uniform != 0).all()
+    config = Config(prefill_hold=8, initial_std=5.0)
+    drawn = train.random_action(config, rng, zero, 0)
+    beyond = math.erfc(math.atanh(0.9) / 5 / 2**0.5)  # of tanh N(0, 5)
+    assert abs((abs(drawn) > 0.9).mean() - beyond) < 0.02
+    for t in range(1, 8):
+        np.testing.assert_array_equal(train.random_action(config, rng, drawn, t), drawn)
+    assert (train.random_action(config, rng, drawn, 8) != drawn).mean() > 0.9
+
+
+def test_what_was_earned_is_in_the_units_of_what_is_imagined():
+    nan = np.nan
+    forever = np.full((300, 2), 0.5)
+    assert math.isclose(train.earned_return(forever, 0.9, ends=False), 0.5 / (1 - 0.9))
+    ending = np.array([[1.0, 2.0], [1.0, nan], [4.0, nan]])  # sums of 1 + 0.5 + 1, 1 + 2, 4 and of 2
+    assert math.isclose(train.earned_return(ending, 0.5, ends=True), (2.5 + 3 + 4 + 2) / 4)
 
 
 def test_vectors_are_standardised_by_the_random_phase(tmp_path, monkeypatch):
