@@ -151,6 +151,11 @@ SMALL: dict = dict(
     d_h=128, d_f=128, hidden=128, units=128, channels=8, batch_size=16, batch_length=25, discount=0.98,
     model_lr=1e-3, actor_lr=1e-4, critic_lr=2e-4, reward_weight=10.0, initial_std=2.0,
 )  # fmt: skip
+# The same for environments of others, where rewards have any size: the model learns alone first, also what it predicts,
+# and the actor slowly. With SMALL, actors of Pendulum-v1 and Hopper-v5 saturate before they know the reward.
+OWN: dict = SMALL | dict(
+    prefill=5_000, first_updates=1_000, model_updates=800, free_nats=0.5, initial_std=1.0, actor_lr=2e-5, critic_lr=1e-3,
+)  # fmt: skip
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
 
 LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail for want of memory or disk
@@ -208,8 +213,8 @@ def defaults(task, preset, device):
     """The defaults of a task in a preset; "auto" is small on a CPU. Toy tasks have their own."""
     if preset == "auto":
         preset = "paper" if device != "cpu" and choose_device("auto").type == "cuda" else "small"
-    own = TASK_DEFAULTS.get(task, {})
-    return {"preset": preset} | (own | SMALL if preset == "small" and task not in environments.TOY else own)
+    own, small = TASK_DEFAULTS.get(task, {}), SMALL if task in environments.TASKS else OWN
+    return {"preset": preset} | (own | small if preset == "small" and task not in environments.TOY else own)
 
 
 def command_line(arguments, default, description=""):

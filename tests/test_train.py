@@ -409,6 +409,8 @@ def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
         small = parse(["--task", "finger_spin", "--device", "cpu", *preset, "--name", "x"])
         assert (small.preset, small.batch_length, small.d_f, small.steps) == ("small", 25, 128, 200_000)
     assert parse(["--task", "walker_run", "--preset", "small", "--d-f", "7", "--name", "x"]).d_f == 7
+    own = parse(["--task", "Pendulum-v1", "--preset", "small", "--name", "x"])
+    assert (own.free_nats, own.model_updates, own.d_f, small.free_nats, small.model_updates) == (0.5, 800, 128, 3.0, 0)
     assert parse(["--task", "toy", "--name", "x"]).batch_length == 25
     assert parse(["--task", "toy", "--batch-length", "30", "--name", "x"]).batch_length == 30
     assert set(TASK_DEFAULTS) == {*envs.TOY, "table_wiping"}
