@@ -154,7 +154,8 @@ SMALL: dict = dict(
 # The same for environments of others, where rewards have any size: the model learns alone first, also what it predicts,
 # and the actor slowly. With SMALL, actors of Pendulum-v1 and Hopper-v5 saturate before they know the reward.
 OWN: dict = SMALL | dict(
-    prefill=5_000, first_updates=1_000, model_updates=800, free_nats=0.5, initial_std=1.0, actor_lr=2e-5, critic_lr=1e-3,
+    prefill=5_000, first_updates=1_000, model_updates=800, free_nats=0.5, initial_std=1.0, actor_lr=2e-5,
+    critic_lr=1e-3,
 )  # fmt: skip
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
 
