@@ -780,7 +780,8 @@ def make_world(task, backgrounds, split, randomize, task_kwargs):
 def make_gymnasium(task, task_kwargs):
     """gymnasium.make, with MuJoCo's pictures twelve times as fast; ValueError if it does not know the task."""
     choose_renderer()
-    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame, which draws some environments, looks for a loudspeaker
+    for driver in ("SDL_AUDIODRIVER", "SDL_VIDEODRIVER"):  # pygame, which draws some environments, opens no device
+        os.environ.setdefault(driver, "dummy")
     try:
         env = gymnasium.make(task, **task_kwargs)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
