@@ -215,7 +215,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_trust.test_surprise_is_the_distance_from_the_prediction_of_one_step_before),
     ("repetitions believed", trust.Trust.__call__, "nearest < self.repeat,", "nearest < 0,",
      test_trust.test_a_reading_that_repeats_is_dropped_where_honest_ones_never_do),
-    ("the less surprising loses a quarrel", trust.Trust.__call__, "odd.unsqueeze(-1) > odd", "odd.unsqueeze(-1) < odd",
+    ("the less surprising loses a quarrel", trust.Trust.__call__, "doubt.unsqueeze(-1) > doubt", "doubt.unsqueeze(-1) < doubt",
      test_trust.test_of_two_that_quarrel_the_more_surprising_is_dropped),
     ("how sure an expert is does not count", trust.Trust.__call__, "(2 * (log_std - self.log_std))", "(0 * log_std)",
      test_trust.test_an_expert_that_is_less_sure_than_usual_loses_a_quarrel),
