@@ -185,6 +185,12 @@ def test_the_ring_keeps_what_a_checkpoint_may_go_back_to(tmp_path):
 # ---- 2. Signals ----
 
 
+def listen():
+    """Heed signals as a shell's foreground process does: children of `nohup` or of a script's `&` ignore them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def children(pid):
     with suppress(FileNotFoundError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -205,7 +211,7 @@ def test_a_signal_to_the_process_group_leaves_a_checkpoint_and_no_process(home, 
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, ROOT / "train.py", *TOY, "--steps", "1000000", "--name", name], start_new_session=True,
-            stderr=file, stdout=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=file, stdout=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=listen,
         )  # fmt: skip
         folder, patience = Path("runs") / name, time.monotonic() + 100
         while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 5:
@@ -235,7 +241,7 @@ def start(command, folder, number=5):
     program = f"{sys.executable} {ROOT}/train.py {' '.join(TOY)} --name {folder.name}"
     process = subprocess.Popen(["bash", "-c", command.format(train=program)], start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=listen)  # fmt: skip
     patience = time.monotonic() + 100
     while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < number:
         assert process.poll() is None and time.monotonic() < patience
