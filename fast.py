@@ -221,7 +221,7 @@ PRESENT: ContextVar = ContextVar("{network: rows that it computes} in this threa
 
 @contextmanager
 def present_rows(networks, present):
-    """Inside this context, the network of each modality computes only the rows at which it is present (..., M).
+    """Inside this context, the network of each modality computes only the rows at which it is present.
 
     The number of rows is rounded up to one of 16, since oneDNN compiles a convolution for each number. On a GPU,
     where shapes must not depend on values, the networks compute all rows.
