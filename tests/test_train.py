@@ -364,7 +364,7 @@ def test_the_bar_counts_from_the_first_learnt_step_and_fits_80_columns(tmp_path,
 def test_episodes_beyond_ten_are_those_of_the_references(monkeypatch, tmp_path):
     """Twenty episodes, ten at a time, begin with the seeds that the random policy gets."""
     given = []
-    monkeypatch.setattr(evaluate, "run_episodes", lambda agent, envs, seeds, film: given.extend(seeds) or (np.zeros(len(seeds)), []))
+    monkeypatch.setattr(evaluate, "run_episodes", lambda agent, envs, seeds, **_: given.extend(seeds) or (np.zeros(len(seeds)), []))
     options = evaluate.Options(runs=("a",), episodes=12, rates=("None",))
     agent = SimpleNamespace(model=SimpleNamespace(modalities={"position": (2,), "camera": (64, 64, 3)}))
     records = evaluate.evaluate_run("a", Config(task="toy"), agent, 0, options)
