@@ -48,6 +48,7 @@ def load(root, **options):
 
 
 def main(old, new, kind, threads, precision="float32"):
+    """Time both and print the line; the arguments are those of the command line."""
     torch.set_num_threads(int(threads))
     size = SIZES[kind]
     sides = [load(old, **size), load(new, **size, precision=precision)]
