@@ -151,8 +151,8 @@ SMALL: dict = dict(
     d_h=128, d_f=128, hidden=128, units=128, channels=8, batch_size=16, batch_length=25, discount=0.98,
     model_lr=1e-3, actor_lr=1e-4, critic_lr=2e-4, reward_weight=10.0, initial_std=2.0,
 )  # fmt: skip
-# The same for environments of others, where rewards have any size: the model learns alone first, also what it predicts,
-# and the actor slowly. With SMALL, actors of Pendulum-v1 and Hopper-v5 saturate before they know the reward.
+# The same for environments of others, whose rewards have any size: at first the model learns alone, its prior always
+# has a gradient, and the actor is slow. With SMALL, actors of Pendulum-v1 and Hopper-v5 saturate and learn nothing.
 OWN: dict = SMALL | dict(
     prefill=5_000, first_updates=1_000, model_updates=800, free_nats=0.5, initial_std=1.0, actor_lr=2e-5,
     critic_lr=1e-3,

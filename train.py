@@ -59,15 +59,15 @@ def spare_rows(config, envs):
     return min(2 * episodes * (length + 1), config.capacity)
 
 
-def random_action(config, rng, action, t):
-    """The random phase's action (num_envs, A) at decision t of an episode, after `action`: uniform, or the untrained
-    actor's, tanh of a Gaussian, held for `prefill_hold` decisions.  Dev. D27
-    """  # fmt: skip
+def random_action(config, rng, action, first, t):
+    """The random phase's next action (num_envs, A): uniform, or the untrained actor's, tanh of a Gaussian.  Dev. D27
+
+    first  (num_envs,)  where an episode begins. There, and where `prefill_hold` divides t, an action is drawn; else held
+    """
     if not config.prefill_hold:
         return rng.uniform(-1, 1, action.shape).astype(np.float32)
-    if t % config.prefill_hold:
-        return action
-    return np.tanh(config.initial_std * rng.standard_normal(action.shape)).astype(np.float32)
+    drawn = np.tanh(config.initial_std * rng.standard_normal(action.shape)).astype(np.float32)
+    return np.where((first | (t % config.prefill_hold == 0))[:, None], drawn, action)
 
 
 def standardise(model, replay):
@@ -136,7 +136,7 @@ def collect(config, agent, envs, batches, log, progress, check):
         check()
 
         if progress.updates == 0:
-            action = random_action(config, batches.rng, action, t)
+            action = random_action(config, batches.rng, action, first, t)
         else:
             action, memory = act(agent, memory, observation, first, explore=True)
         envs.step_async(action)

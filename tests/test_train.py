@@ -112,16 +112,20 @@ def test_what_is_looked_at_changes_nothing_that_is_learnt(folder, options):
 
 @pytest.mark.dev(27)
 def test_random_actions_are_uniform_or_the_untrained_actors_and_held():
-    rng, zero = np.random.default_rng(0), np.zeros((2000, 2), np.float32)
-    uniform = train.random_action(Config(), rng, zero, 1)
+    rng, zero, going_on = np.random.default_rng(0), np.zeros((2000, 2), np.float32), np.zeros(2000, bool)
+    uniform = train.random_action(Config(), rng, zero, going_on, 1)
     assert abs((abs(uniform) > 0.5).mean() - 0.5) < 0.03 and (uniform != 0).all()
     config = Config(prefill_hold=8, initial_std=5.0)
-    drawn = train.random_action(config, rng, zero, 0)
+    drawn = train.random_action(config, rng, zero, going_on, 0)
     beyond = math.erfc(math.atanh(0.9) / 5 / 2**0.5)  # of tanh N(0, 5)
     assert abs((abs(drawn) > 0.9).mean() - beyond) < 0.02
     for t in range(1, 8):
-        np.testing.assert_array_equal(train.random_action(config, rng, drawn, t), drawn)
-    assert (train.random_action(config, rng, drawn, 8) != drawn).mean() > 0.9
+        np.testing.assert_array_equal(train.random_action(config, rng, drawn, going_on, t), drawn)
+    assert (train.random_action(config, rng, drawn, going_on, 8) != drawn).mean() > 0.9
+    first = np.arange(2000) < 1000
+    mixed = train.random_action(config, rng, drawn, first, 3)
+    assert (mixed[first] != drawn[first]).mean() > 0.9, "an episode begins with an action of its own"
+    np.testing.assert_array_equal(mixed[~first], drawn[~first])
 
 
 def test_what_was_earned_is_in_the_units_of_what_is_imagined():
