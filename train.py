@@ -62,7 +62,7 @@ def spare_rows(config, envs):
 def random_action(config, rng, action, first, t):
     """The random phase's next action (num_envs, A): uniform, or the untrained actor's, tanh of a Gaussian.  Dev. D27
 
-    first  (num_envs,)  where an episode begins. There, and where `prefill_hold` divides t, an action is drawn; else held
+    first  (num_envs,)  where an episode begins: there, and at each multiple of `prefill_hold`, one is drawn
     """
     if not config.prefill_hold:
         return rng.uniform(-1, 1, action.shape).astype(np.float32)
