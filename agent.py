@@ -353,8 +353,8 @@ class Agent:
         """Take over what `state_dict` gave, from any device. Raises RuntimeError where shapes differ."""
         for name, optimiser in self.optimisers.items():
             getattr(self, name).load_state_dict(state[name])
-            groups = optimiser.state_dict()["param_groups"]  # this device's kernel; the rates are those given
-            optimiser.load_state_dict({"state": state[f"{name}_optimiser"]["state"], "param_groups": groups})
+            moments = state.get(f"{name}_optimiser", {"state": {}})["state"]  # a file of weights has none
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})  # this device's kernels
 
 
 if __name__ == "__main__":

@@ -376,6 +376,16 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
     os.replace(folder / "checkpoint.new.pt", path)
 
 
+def save_weights(folder, path):
+    """Write what `evaluate.py` and `load_agent` need of a trained run into one small file, its matrices as float16."""
+    state, data, small = load_checkpoint(folder), io.BytesIO(), lambda x: x.half() if x.dim() > 1 else x
+    networks = {name: state["agent"][name] for name in ("model", "actor", "critic")}
+    state["agent"] = {name: {key: small(x) for key, x in network.items()} for name, network in networks.items()}
+    kept = {"config", "steps", "updates", "agent", "modalities", "action_size", "usual"} & set(state)
+    torch.save({name: state[name] for name in kept}, data)
+    write_file(Path(path), data.getbuffer())
+
+
 def restore(folder, agent, replay, rng, log):
     """Take up a run at its last intact checkpoint, or at its beginning if it has none. Returns its Progress."""
     path, state = newest_checkpoint(folder)

@@ -56,7 +56,7 @@ class Options:
     calibration: bool = False  # also say how far the experts agree
     references: bool = True  # also what the random and the scripted policy earn
     seed: int = 1000  # of the episodes, the same for every run
-    output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs runs/evaluation
+    output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs ./evaluation
     randomize: bool = False  # table_wiping with domain randomisation, as in training
     video: bool = False  # write <output>-<rate>.mp4, the first episode: world, sensors, actions, reward
     device: str = "auto"  # auto, cpu, cuda or cuda:1
@@ -403,7 +403,8 @@ def calibration_markdown(records):
 
 def output_path(options):
     """Where the tables go, without suffix."""
-    own = Path(options.runs[0] if len(options.runs) == 1 else "runs") / "evaluation"
+    run, several = Path(options.runs[0]), len(options.runs) > 1  # not in runs/: runs/* are runs
+    own = "evaluation" if several else f"{run.stem}-evaluation" if run.is_file() else run / "evaluation"
     output = Path(options.output or own)
     return output.with_suffix("") if output.suffix in (".md", ".csv", ".json") else output
 

@@ -15,6 +15,7 @@ import torch
 
 import fast
 from agent import Agent
+from envs import TOY
 from mssm import MSSM, initialise
 from mummi_loss import Weights, cvrl, elbo, log_density_ratio, mummi, mummi_b
 from trust import Trust
@@ -37,7 +38,9 @@ def make_agent(config, observation_space, action_size):
     Raises ValueError where the device is not there.
     """
     device = choose_device(config.device)
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda" and config.fast)
+    small = config.preset == "small" and config.task not in TOY  # whose networks are too small to gain by it
+    bfloat16 = device.type == "cuda" or (small and torch.cpu._is_avx512_bf16_supported())
+    bfloat16 = bfloat16 and config.fast if config.precision == "auto" else config.precision == "bfloat16"
     if bfloat16 and not config.fast:
         raise ValueError("--precision bfloat16 needs fast.py: leave --no-fast out, or give --precision float32")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product

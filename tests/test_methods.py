@@ -1,6 +1,7 @@
 """The five methods: their objectives written out, what the configuration reaches, seeds, schedule, batches."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import D_F, D_H, D_X, MODALITIES, B, Config, T, close, observe, ra
 from test_mummi_loss import info_nce_in_python
 from torch.distributions import Normal, kl_divergence
 
+import checkpoint
 import envs
 import methods
 import mummi_loss
@@ -263,8 +265,14 @@ def test_actor_and_critic_start_as_keras():
 
 
 @pytest.mark.dev(14)
-def test_bfloat16_is_for_gpus_unless_asked_for():
+@pytest.mark.parametrize("has", [False, True])
+def test_bfloat16_is_for_gpus_and_small_runs_on_a_processor_that_has_it_unless_asked_for(has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     assert not tiny_agent(precision="auto").bfloat16 and tiny_agent(precision="bfloat16").bfloat16
+    small = dict(task="finger_spin", preset="small")
+    assert tiny_agent(precision="auto", **small).bfloat16 == has and not tiny_agent(precision="float32", **small).bfloat16
+    assert type(tiny_agent(precision="auto", fast=False, **small)) is Agent
+    assert not tiny_agent(precision="auto", **small | dict(task="toy")).bfloat16
 
 
 def small_replay(folder, rows=20):
@@ -378,6 +386,25 @@ def test_a_trained_agent_acts_as_in_evaluation(trained):
         torch.manual_seed(t)
         action = player.act(observation)
         assert action.shape == (2,) and np.array_equal(action, expected[0])
+
+
+def test_a_file_of_weights_is_evaluated_and_acts_as_its_run(trained, tmp_path, monkeypatch):
+    """Nearly: its matrices are float16. It has no optimisers; its table is written beside neither it nor runs."""
+    import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save_weights(trained, "toy.pt")
+    assert Path("toy.pt").stat().st_size < (trained / "checkpoint.pt").stat().st_size / 4
+    actions = []
+    for path in ("toy.pt", trained):
+        torch.manual_seed(0)
+        actions.append(methods.load_agent(path, trust=True).act({"position": [0.2, 0.7]}))
+    close(*actions, 2e-3)
+    options = dict(episodes=1, rates=("Medium",), references=False)
+    evaluate.main(evaluate.Options(runs=("toy.pt",), trust=True, **options))
+    evaluate.main(evaluate.Options(runs=(str(trained),), output="run.json", trust=True, **options))
+    returns = [[r["returns"] for r in json.loads(Path(name).read_text())["records"]] for name in ("toy-evaluation.json", "run.json")]
+    assert len(returns[0]) == 2 and np.allclose(*returns, atol=0.5) and Path("toy-evaluation.md").exists()
 
 
 def test_a_trained_agent_filters_and_tells_how_sensors_agree(trained):

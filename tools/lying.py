@@ -1,7 +1,7 @@
 """How well lies are found: ROC curves of the suspicion of `trust.py`, a panel a sensor, a line a fault.
 
     python evaluate.py runs/toy-mummi-* --faults all --trust
-    python -m tools.lying runs/evaluation.json               # <output>.png, by default beside it
+    python -m tools.lying evaluation.json                    # <output>.png, by default beside it
 """
 
 import itertools
