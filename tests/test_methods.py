@@ -407,6 +407,15 @@ def test_a_file_of_weights_is_evaluated_and_acts_as_its_run(trained, tmp_path, m
     assert len(returns[0]) == 2 and np.allclose(*returns, atol=0.5) and Path("toy-evaluation.md").exists()
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
+def test_a_pretrained_agent_is_small_and_acts_without_its_sensors(path):
+    assert path.stat().st_size <= 3e6
+    player = methods.load_agent(path, trust=True)
+    seen = {name: np.zeros(shape, np.uint8 if shape[-1:] == (3,) else np.float32) for name, shape in player.sensors.items()}
+    for observation in (seen, {}, dict(list(seen.items())[:1])):
+        assert (np.abs(player.act(observation)) <= 1).all()
+
+
 def test_a_trained_agent_filters_and_tells_how_sensors_agree(trained):
     player = methods.load_agent(trained)
     latent, agreement = player.filter({"position": [0.2, 0.7]})
