@@ -32,7 +32,7 @@ class Run:
     name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
     resume: str = ""  # folder of a run to go on with; its configuration is used [ours]
     device: str = "auto"  # auto, cpu or cuda [ours]
-    precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 where that learns as well.  Dev. D14 [code: float16]
+    precision: str = "auto"  # float32, bfloat16 or auto: bfloat16 on a GPU, in small runs.  Dev. D14 [code: float16]
     fast: bool = True  # what fast.py adds, with the same results; --no-fast: the plain code alone [ours]
     deterministic: bool = False  # only algorithms that give the same bits every time, slower on a GPU [ours]
 
