@@ -448,6 +448,18 @@ def read_checkpoint(path):
     raise ValueError(f"{path} is damaged or of another version ({reason})")
 
 
+def only_runs(paths):
+    """Those that are runs, or files of weights; what else a glob has found is said. Raises ValueError if none is."""
+    runs = [path for path in paths if not Path(path).exists() or Path(path).suffix == ".pt"
+            or (Path(path) / "config.json").exists()]  # fmt: skip
+    others = " ".join(str(path) for path in paths if path not in runs)
+    if not runs:
+        raise ValueError("no run was given: give folders like runs/toy-mummi-1" + f", not {others}" * bool(others))
+    if others:
+        say(f"no runs, left out: {others}", sys.stderr)
+    return runs
+
+
 def load_checkpoint(folder):
     """The last intact checkpoint of a run's folder, or a file of one. Raises ValueError if there is none."""
     if Path(folder).is_file():

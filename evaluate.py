@@ -29,15 +29,14 @@ import tyro
 
 import envs as environments
 import wiping
-from checkpoint import fail, load_checkpoint, say
+from checkpoint import fail, load_checkpoint, only_runs, say
 from config import check_comparable, make_config, sensing
 from envs import seeds
 from fast import restart_with_quiet_threads
 from methods import METHODS, choose_device, make_agent
 from pictures import SIDE, square, write_video
 from replay import Replay, replay_fields
-from trust import RATES as FALSE_ALARMS
-from trust import Trust, measure
+from trust import RATES as FALSE_ALARMS, Trust, measure
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
 TABLE_II = ("Medium", "None")
@@ -98,33 +97,28 @@ def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False, tru
     """
     with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
         torch.manual_seed(episode_seeds[0])
-        return follow(agent, envs, episode_seeds, check, film, trust)
-
-
-def follow(agent, envs, episode_seeds, check, film, trust):
-    """`run_episodes` with torch's random numbers as they are."""
-    envs.set_attr("filmed", [film] + [False] * (envs.num_envs - 1))
-    observation, info = envs.reset(seed=episode_seeds)
-    memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
-    first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
-    seen = []
-    while running.any():
-        check()
-        seen.append({**observation, "lying": info.get("lying", 0 * observation["present"])})
-        if trust:
-            tensors = to_device(observation, agent.device)
-            trusted = trust(memory, tensors, tensors.pop("present"), to_device(first, agent.device))
-            observation["present"] = trusted.cpu().numpy().astype(np.int8)
-            seen[-1] |= {"trusted": observation["present"], "suspicion": trust.suspicion.cpu().numpy()}
-        action, memory = act(agent, memory, observation, first, explore=False)
-        seen[-1]["action"] = action
-        if film and (picture := envs.call("view")[0]) is not None:
-            seen[-1]["rendered"] = square(picture, SIDE)
-        observation, reward, terminated, truncated, info = envs.step(action)
-        seen[-1]["reward"] = np.where(running, reward, np.nan)
-        total += reward * running
-        running &= ~(terminated | truncated)
-        first = np.zeros(envs.num_envs, bool)
+        envs.set_attr("filmed", [film] + [False] * (envs.num_envs - 1))
+        observation, info = envs.reset(seed=episode_seeds)
+        memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
+        first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
+        seen = []
+        while running.any():
+            check()
+            seen.append({**observation, "lying": info.get("lying", 0 * observation["present"])})
+            if trust:
+                tensors = to_device(observation, agent.device)
+                trusted = trust(memory, tensors, tensors.pop("present"), to_device(first, agent.device))
+                observation["present"] = trusted.cpu().numpy().astype(np.int8)
+                seen[-1] |= {"trusted": observation["present"], "suspicion": trust.suspicion.cpu().numpy()}
+            action, memory = act(agent, memory, observation, first, explore=False)
+            seen[-1]["action"] = action
+            if film and (picture := envs.call("view")[0]) is not None:
+                seen[-1]["rendered"] = square(picture, SIDE)
+            observation, reward, terminated, truncated, info = envs.step(action)
+            seen[-1]["reward"] = np.where(running, reward, np.nan)
+            total += reward * running
+            running &= ~(terminated | truncated)
+            first = np.zeros(envs.num_envs, bool)
     return total, seen
 
 
@@ -331,21 +325,16 @@ def pool(records):
 def paper_cell(task, sensors, missing, method):
     """[mean, std] of Table I, or of Table II for table_wiping; None where the paper has none."""
     paper = json.loads(PAPER.read_text())
-    if task == "table_wiping":
-        return paper["Table II"].get(sensors, {}).get(missing, {}).get(method)
-    if sensors != "rgb+depth+touch":  # Table I removes none
-        return None
-    return paper["Table I"].get(task, {}).get(missing, {}).get(method)
+    of_table_i = paper["Table I"].get(task, {}) if sensors == "rgb+depth+touch" else {}  # it removes none
+    rows = paper["Table II"].get(sensors, {}) if task == "table_wiping" else of_table_i
+    return rows.get(missing, {}).get(method)
 
 
 def markdown(cells, references):
     """The pooled records as a Markdown table, one column a method, the best of a row in bold."""
     order = list(METHODS)  # the paper's
     methods = sorted({c for row in cells.values() for c in row}, key=lambda c: (order.index(c.split(",")[0]), c))
-    lines = [
-        "| task | sensors | missing | " + " | ".join(methods) + " |",
-        "|---|---|---|" + "---|" * len(methods),
-    ]
+    lines = ["| task | sensors | missing | " + " | ".join(methods) + " |", "|---|---|---|" + "---|" * len(methods)]
     for (task, sensors, missing), row in cells.items():
         best = max(cell["mean"] for cell in row.values())
         texts = []
@@ -414,8 +403,6 @@ def output_path(options):
 
 def check(options):
     """Raises ValueError on bad input, before anything runs."""
-    if not options.runs:
-        raise ValueError("no run was given: give folders like runs/toy-mummi-1")
     if options.episodes < 1:
         raise ValueError(f"--episodes {options.episodes} is not allowed: give at least 1")
     if not set(options.rates) <= set(RATES) or len(set(options.rates)) < len(options.rates):
@@ -449,6 +436,7 @@ def usual_of(folder, config, agent, state):
 
 def main(options):
     """Evaluate all runs, write the table and print it. Raises ValueError on bad input."""
+    options = replace(options, runs=tuple(only_runs(options.runs)))
     check(options)
     checkpoints = {folder: load_checkpoint(folder) for folder in options.runs}
     configs = {folder: make_config(state["config"], folder) for folder, state in checkpoints.items()}

@@ -64,9 +64,11 @@ def faster_exact_product(size=512):
     """The setting of `torch.set_float32_matmul_precision` whose product is faster on this CPU, and exact to float32.
 
     "highest" is MKL's, slow on some AMD processors. "medium" is oneDNN's: float32 too, unless the processor has AMX.
-    It must be faster by far: a choice that hangs on a busy moment would change the last bits of a resumed run.
+    It must be faster by far, on one thread: a choice that hangs on a busy moment, or on when threads wake, would
+    change the last bits of a resumed run.
     """
-    before, results = torch.get_float32_matmul_precision(), {}
+    before, threads, results = torch.get_float32_matmul_precision(), torch.get_num_threads(), {}
+    torch.set_num_threads(1)
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
     for setting in ("highest", "medium"):
@@ -74,6 +76,7 @@ def faster_exact_product(size=512):
         error = float((a @ b - exact).norm() / exact.norm())
         results[setting] = error, min(seconds(lambda: a @ b) for _ in range(15))
     torch.set_float32_matmul_precision(before)
+    torch.set_num_threads(threads)
     (_, mkl), (error, one_dnn) = results["highest"], results["medium"]
     return "medium" if error < 1e-5 and one_dnn < 0.7 * mkl else "highest"
 

@@ -305,8 +305,7 @@ def similarity_picture(model, seen, fused_too, most=100):
     columns = math.ceil(len(log_f) / rows)
     figure = Figure(figsize=(3.6 * columns, 4 * rows + 0.3), layout="constrained")
     for i, (name, ratio) in enumerate(log_f.items()):
-        axis = figure.add_subplot(rows, columns, i + 1)
-        here = present[name]
+        axis, here = figure.add_subplot(rows, columns, i + 1), present[name]
         probability = ratio.masked_fill(~here, -math.inf).softmax(-1).cpu().numpy()
         shown = np.where(here.cpu().numpy() & here.cpu().numpy()[:, None], probability, np.nan)
         axis.imshow(np.sqrt(shown), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

@@ -1,15 +1,14 @@
 """What the tests share: small models, random batches, one thread, a seed before every test."""
 
-from dataclasses import field, make_dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import config
 import methods
 import mssm
+from config import Config
 from mssm import MSSM
 
 MODALITIES = {"rgb": (64, 64, 3), "depth": (64, 64, 1), "touch": (2,)}
@@ -18,13 +17,6 @@ D_H, D_C, D_F, D_X = 12, 5, 16, 64
 TINY = dict(d_h=D_H, d_c=D_C, d_f=D_F, hidden=16, units=16, channels=D_X // 32)
 
 torch.set_num_threads(1)
-
-# Until config.py has these fields; then the tests need no more than `from config import Config`.
-NEW_FIELDS = dict(fast=True, continuation="auto", act_by="mode", weights=("touch=0.001",))
-Config = config.Config
-if not hasattr(Config, "fast"):
-    Config = make_dataclass("Config", [(k, type(v), field(default=v)) for k, v in NEW_FIELDS.items()], bases=(Config,))
-
 
 def pytest_collection_modifyitems(items):
     for item in items:

@@ -566,7 +566,12 @@ def test_where_compiling_fails_it_goes_on_plainly_and_says_so_once(monkeypatch, 
 ])  # fmt: skip
 @pytest.mark.parametrize("before", ["highest", "medium"])
 def test_the_faster_product_is_taken_if_it_is_float32(monkeypatch, one_dnn, mkl, exact, expected, before):
-    matmul = torch.Tensor.__matmul__
+    """Measured on one thread: with several, the clock also reads how soon the others wake."""
+    matmul, threads = torch.Tensor.__matmul__, torch.get_num_threads()
+
+    def clock(function):
+        assert torch.get_num_threads() == 1
+        return {"highest": mkl, "medium": one_dnn}[torch.get_float32_matmul_precision()]
 
     def product(a, b):
         amx = torch.get_float32_matmul_precision() == "medium" and not exact and a.dtype == torch.float32
@@ -574,13 +579,15 @@ def test_the_faster_product_is_taken_if_it_is_float32(monkeypatch, one_dnn, mkl,
         return matmul(rounded.double(), b.double()).to(a.dtype)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    monkeypatch.setattr(fast, "seconds", lambda f: {"highest": mkl, "medium": one_dnn}[torch.get_float32_matmul_precision()])
+    monkeypatch.setattr(fast, "seconds", clock)
     process, generator = torch.get_float32_matmul_precision(), torch.get_rng_state()
     torch.set_float32_matmul_precision(before)
+    torch.set_num_threads(2)
     try:
         assert fast.faster_exact_product.__wrapped__(64) == expected
-        assert torch.get_float32_matmul_precision() == before
+        assert torch.get_float32_matmul_precision() == before and torch.get_num_threads() == 2
     finally:
+        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(process)
     assert torch.equal(torch.get_rng_state(), generator)  # a run's random numbers do not depend on it
 

@@ -389,7 +389,8 @@ def test_a_trained_agent_acts_as_in_evaluation(trained):
 
 
 def test_a_file_of_weights_is_evaluated_and_acts_as_its_run(trained, tmp_path, monkeypatch):
-    """Nearly: its matrices are float16. It has no optimisers; its table is written beside neither it nor runs."""
+    """Nearly: its matrices are float16. It has no optimisers; its table is written beside neither it nor runs. A
+    picture that a glob finds beside runs is no run."""
     import evaluate
 
     monkeypatch.chdir(tmp_path)
@@ -401,7 +402,8 @@ def test_a_file_of_weights_is_evaluated_and_acts_as_its_run(trained, tmp_path, m
         actions.append(methods.load_agent(path, trust=True).act({"position": [0.2, 0.7]}))
     close(*actions, 2e-3)
     options = dict(episodes=1, rates=("Medium",), references=False)
-    evaluate.main(evaluate.Options(runs=("toy.pt",), trust=True, **options))
+    Path("curves.png").write_bytes(b"a picture")
+    evaluate.main(evaluate.Options(runs=("toy.pt", "curves.png"), trust=True, **options))
     evaluate.main(evaluate.Options(runs=(str(trained),), output="run.json", trust=True, **options))
     returns = [[r["returns"] for r in json.loads(Path(name).read_text())["records"]] for name in ("toy-evaluation.json", "run.json")]
     assert len(returns[0]) == 2 and np.allclose(*returns, atol=0.5) and Path("toy-evaluation.md").exists()

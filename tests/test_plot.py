@@ -211,8 +211,9 @@ def test_the_command_writes_both_files_and_says_so(tmp_path, monkeypatch, capsys
     (tmp_path / "other").mkdir()
     command(monkeypatch, run, tmp_path / "other", "--metric", "eval_return", "--output", tmp_path / "curves.png")
     assert {path.name for path in tmp_path.glob("curves*")} == {"curves.png", "curves.svg"}
-    said = capsys.readouterr().out.splitlines()
-    assert said == [f"no runs, left out: {tmp_path}/other", f"{tmp_path}/curves.png, {tmp_path}/curves.svg: 1 runs; next: python evaluate.py {run}"]
+    said = capsys.readouterr()
+    assert said.err == f"no runs, left out: {tmp_path}/other\n"
+    assert said.out.splitlines() == [f"{tmp_path}/curves.png, {tmp_path}/curves.svg: 1 runs; next: python evaluate.py {run}"]
 
 
 def test_by_default_nothing_is_written_into_the_root(tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
     ("training's backgrounds in evaluate.py", evaluate.evaluate_condition, 'split="eval"', 'split="train"',
      test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
-    ("exploration in evaluation episodes", evaluate.follow, "explore=False", "explore=True",
+    ("exploration in evaluation episodes", evaluate.run_episodes, "explore=False", "explore=True",
      test_train.test_evaluations_are_on_unseen_backgrounds_and_without_exploration),
 
     # Sensors that lie

@@ -414,7 +414,8 @@ def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
         assert (small.preset, small.batch_length, small.d_f, small.steps) == ("small", 25, 128, 200_000)
     assert parse(["--task", "walker_run", "--preset", "small", "--d-f", "7", "--name", "x"]).d_f == 7
     own = parse(["--task", "Pendulum-v1", "--preset", "small", "--name", "x"])
-    assert (own.free_nats, own.model_updates, own.d_f, small.free_nats, small.model_updates) == (0.5, 800, 128, 3.0, 0)
+    assert (own.free_nats, own.prefill_hold, own.d_f, small.free_nats, small.prefill_hold) == (0.5, 0, 128, 3.0, 8)
+    assert own.model_updates == small.model_updates == 800
     assert parse(["--task", "toy", "--name", "x"]).batch_length == 25
     assert parse(["--task", "toy", "--batch-length", "30", "--name", "x"]).batch_length == 30
     assert set(TASK_DEFAULTS) == {*envs.TOY, "table_wiping"}

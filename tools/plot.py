@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 import tools
-from checkpoint import say
+from checkpoint import only_runs, say
 from config import check_comparable, load_config
 
 STYLES = {  # method: its name in the paper, colour (Okabe and Ito's palette), line style, marker
@@ -52,20 +52,11 @@ class Options:
 
 
 def read_configs(runs):
-    """{folder: Config} of the runs. Other things that a glob has found are left out, which is said.
-
-    Raises ValueError where a folder is missing, a configuration is damaged, or there is no run at all.
-    """
-    others = [path for path in runs if Path(path).exists() and not (Path(path) / "config.json").exists()]
-    configs = {folder: load_config(folder) for folder in runs if folder not in others}
-    if not configs:
-        others = f", not {' '.join(others)}" if others else ""
-        raise ValueError(f"no run was given: give folders like runs/toy-mummi-1{others}")
+    """{folder: Config} of the runs. Raises ValueError where one is missing or damaged, or there is none."""
+    configs = {folder: load_config(folder) for folder in only_runs(runs)}
     for folder, config in configs.items():
         if config.method not in STYLES:
             raise ValueError(f"{folder}: method {config.method!r} is unknown: choose among {', '.join(STYLES)}")
-    if others:
-        say(f"no runs, left out: {' '.join(others)}")
     return configs
 
 
