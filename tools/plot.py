@@ -121,7 +121,7 @@ def draw(lines, options):
     """
     columns = min(len(lines), 3)
     rows = -(-len(lines) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.3 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (task, curves) in zip(axes, lines.items()):
         order = sorted(curves, key=lambda key: (list(STYLES).index(key[0]), key[1]))
@@ -138,7 +138,7 @@ def draw(lines, options):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # hides no curve
     for axis in axes[len(lines) :]:
         axis.remove()
     note = f"mean ± one standard deviation over seeds; moving average with weight {options.smoothing:g}"
