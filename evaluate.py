@@ -325,7 +325,7 @@ def pool(records):
 def paper_cell(task, sensors, missing, method):
     """[mean, std] of Table I, or of Table II for table_wiping; None where the paper has none."""
     paper = json.loads(PAPER.read_text())
-    of_table_i = paper["Table I"].get(task, {}) if sensors == "rgb+depth+touch" else {}  # it removes none
+    of_table_i = paper["Table I"].get(task, {}) if sensors == "rgb+depth+touch" else {}  # which has all sensors
     rows = paper["Table II"].get(sensors, {}) if task == "table_wiping" else of_table_i
     return rows.get(missing, {}).get(method)
 

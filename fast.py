@@ -64,8 +64,8 @@ def faster_exact_product(size=512):
     """The setting of `torch.set_float32_matmul_precision` whose product is faster on this CPU, and exact to float32.
 
     "highest" is MKL's, slow on some AMD processors. "medium" is oneDNN's: float32 too, unless the processor has AMX.
-    It must be faster by far, on one thread: a choice that hangs on a busy moment, or on when threads wake, would
-    change the last bits of a resumed run.
+    It must be faster by far, on one thread: a choice that depends on how busy the machine is, or on how soon threads
+    wake, would change the last bits of a resumed run.
     """
     before, threads, results = torch.get_float32_matmul_precision(), torch.get_num_threads(), {}
     torch.set_num_threads(1)

@@ -18,6 +18,7 @@ TINY = dict(d_h=D_H, d_c=D_C, d_f=D_F, hidden=16, units=16, channels=D_X // 32)
 
 torch.set_num_threads(1)
 
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -389,8 +389,8 @@ def test_a_trained_agent_acts_as_in_evaluation(trained):
 
 
 def test_a_file_of_weights_is_evaluated_and_acts_as_its_run(trained, tmp_path, monkeypatch):
-    """Nearly: its matrices are float16. It has no optimisers; its table is written beside neither it nor runs. A
-    picture that a glob finds beside runs is no run."""
+    """Nearly: its matrices are float16. It has no optimisers; its table is written into the present folder. A
+    picture that a glob finds beside it is left out."""
     import evaluate
 
     monkeypatch.chdir(tmp_path)
