@@ -1,8 +1,12 @@
 """The small settings on one and two threads, and with the loops compiled: `python results/benchmark/compiled.py`."""
-import statistics, sys, time
+import statistics
+import sys
+import time
 from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
+
 from tools.benchmark import SMALL, make
 
 def median(agent, batch):
