@@ -1,7 +1,7 @@
 """What a checkout of this code computes, to compare two of them: `python compare.py CHECKOUT`.
 
 Four updates and five decisions from the same parameters, batch and random numbers, and a digest of what two tasks'
-environments give. The first call writes the parameters to /tmp/parameters.pt, later ones read them. Commit c308a48
+environments give. The first call writes the parameters to parameters.pt, later ones read them. Commit c308a48
 has other names for them.
 """
 
@@ -26,7 +26,7 @@ try:
 except ImportError:  # c308a48
     from train import make_agent
 SCALARS = "kl model_loss model_grad_norm critic_loss critic_grad_norm actor_loss actor_grad_norm imagined_return".split()
-SENSORS, PARAMETERS = ("rgb", "depth", "touch"), Path("/tmp/parameters.pt")
+SENSORS, PARAMETERS = ("rgb", "depth", "touch"), Path("parameters.pt")
 
 
 def renamed(old):
