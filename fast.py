@@ -71,10 +71,10 @@ def faster_exact_product(size=512):
     torch.set_num_threads(1)
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
-    for setting in ("highest", "medium"):
+    for setting in ("highest", "medium") * 40:  # in turns: what slows the machine for a while slows both
         torch.set_float32_matmul_precision(setting)
         error = float((a @ b - exact).norm() / exact.norm())
-        results[setting] = error, min(seconds(lambda: a @ b) for _ in range(15))
+        results[setting] = error, min(seconds(lambda: a @ b), results.get(setting, (0, 1e9))[1])
     torch.set_float32_matmul_precision(before)
     torch.set_num_threads(threads)
     (_, mkl), (error, one_dnn) = results["highest"], results["medium"]
