@@ -330,7 +330,7 @@ class MSSM(nn.Module):
     def fuse(self, features, present):
         """Eq. (11): s^f from the modalities that are present. M features (..., D_x), present (..., M) -> Fused"""
         if self.fusion == "concatenate":  # Appendix C: zeros where missing.  Dev. D23
-            s_f = torch.cat([x * present[..., m, None] for m, x in enumerate(features)], -1)
+            s_f = torch.cat([x * present[..., m, None] for m, x in enumerate(features)], -1).float()
             return Fused(s_f, torch.ones_like(present[..., 0]))
         experts = torch.stack([net(x) for net, x in zip(self.experts, features)], -2)
         expert_mean, expert_std = gaussian(experts)  # (..., M, D_f)

@@ -316,9 +316,10 @@ PICTURES = {"mummi": {"seen", "similarity", "calibration"}, "mummi_b": {"seen", 
             "dreamer": {"seen", "open_loop"}}  # fmt: skip
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", PICTURES)
-def test_every_method_has_its_pictures_and_looking_changes_nothing(method, seen):
-    model, state = tiny_agent(method).model, torch.get_rng_state()
+def test_every_method_has_its_pictures_and_looking_changes_nothing(method, precision, seen):
+    model, state = tiny_agent(method, precision=precision).model, torch.get_rng_state()
     drawn = pictures.of_evaluation(model, seen, method)
     assert set(drawn) == PICTURES[method]
     for name, picture in drawn.items():
