@@ -78,7 +78,7 @@ def faster_exact_product(size=512):
 
 
 def processor():
-    """What the system says of the processor, its vendor among it."""
+    """The system's description of the processor, with its vendor."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
 

@@ -9,7 +9,9 @@ import torch
 
 from tools.benchmark import SMALL, make
 
+
 def median(agent, batch):
+    """Seconds of an update, the median of 15 after three that warm up."""
     for _ in range(3):
         agent.update(batch)
     times = []
