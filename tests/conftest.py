@@ -1,5 +1,6 @@
 """What the tests share: small models, random batches, one thread, a seed before every test."""
 
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ D_H, D_C, D_F, D_X = 12, 5, 16, 64
 TINY = dict(d_h=D_H, d_c=D_C, d_f=D_F, hidden=16, units=16, channels=D_X // 32)
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would a run
 
 
 def pytest_collection_modifyitems(items):
