@@ -269,6 +269,8 @@ def make_config(values, source):
             values = values | {name: tuple(value)}
         elif type(value) is not kinds[name]:
             raise ValueError(f"{source} has {name} {value!r}, which is no {kinds[name].__name__}")
+        elif value not in CHOICES.get(name, [value]):
+            raise ValueError(f"{source} has {name} {value!r}, which is unknown: it is one of {CHOICES[name]}")
     return Config(**values)
 
 

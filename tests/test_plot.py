@@ -179,7 +179,7 @@ def smoothing_of_one(folder):
     (no_run_among_them, "no run was given: give folders like runs/toy-mummi-1, not "),
     (unknown_label, "--label touch is no option"),
     (half_a_config, "config.json is damaged"),
-    (unknown_method, "method 'ppo' is unknown: choose among mummi,"),
+    (unknown_method, "config.json has method 'ppo', which is unknown: it is one of ['mummi', "),
     (no_evaluation_yet, "no line with eval_return yet"),
     (no_metrics, "no line with train_return yet"),
     (broken_line, "metrics.jsonl, line 1: not JSON"),

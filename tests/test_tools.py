@@ -1,6 +1,7 @@
 """tools.benchmark and the programs that draw the documentation: what they refuse, what they write."""
 
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -71,6 +72,19 @@ def test_diagrams_and_contact_sheets_are_drawn_where_they_are_asked_for(tmp_path
     """By default in runs, not among the documentation."""
     monkeypatch.chdir(tmp_path)
     diagrams.main()
-    contact_sheet.main(("toy",))
+    contact_sheet.main(contact_sheet.Options(("toy",)))
     names = ["runs/diagrams/two_slices.png", "runs/diagrams/density_ratio.png", "runs/contact_sheets/toy.png"]
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in names)
+
+
+def test_a_sheet_of_an_agent_shows_its_own_episode_and_the_moments_asked_for(tmp_path):
+    agent = Path(__file__).parent.parent / "pretrained" / "cup_catch.pt"
+    drawn = contact_sheet.draw("cup_catch", str(agent), (10, 28))
+    assert [axes.get_title() for axes in drawn.axes[:10]] == [str(t) for t in range(10, 30, 2)]
+    (reward,) = [axes for axes in drawn.axes if axes.get_ylabel() == "reward"]
+    assert reward.get_xlim() == (9, 29)
+    assert reward.lines[0].get_ydata().sum() > 100, "random actions earn 0"
+    with pytest.raises(ValueError, match="checkpoint.pt is missing"):
+        contact_sheet.main(contact_sheet.Options(agent=str(tmp_path / "nothing"), output=str(tmp_path)))
+    with pytest.raises(ValueError, match="--moments 10 501: give two decisions of 0 to 500, in order"):
+        contact_sheet.main(contact_sheet.Options(agent=str(agent), moments=(10, 501), output=str(tmp_path)))

@@ -2,12 +2,15 @@
 
     python -m tools.contact_sheet                               # every installed task, into runs/contact_sheets
     python -m tools.contact_sheet table_wiping --output docs    # as in the documentation
+    python -m tools.contact_sheet --agent pretrained/walker_walk.pt --moments 100 136
 
 Above, ten moments of an episode of smooth random actions, or of Table Wiping's scripted arm: each camera as the agent
 gets it, black where missing; depth in metres; the foreground, which no sensor gives; starts of other episodes of Table
-Wiping, whose looks are random. Below, the whole episode: the vector sensors, and which sensors are present when.
+Wiping, whose looks are random. Below, the whole episode: the vector sensors, and which sensors are present when. Of a
+trained agent's episode also the reward, and all of it between the moments alone.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,54 +18,69 @@ import tyro
 from matplotlib.figure import Figure
 
 import tools
-from checkpoint import say
+from checkpoint import load_checkpoint, say
 from envs import TASKS, make_env
+from methods import load_agent
 from wiping import scripted_action
 
 SEEDS = {"table_wiping": 8}  # the arm wipes most of the table,
 SEED = 2  # and random actions catch the ball for a while
 
 
-def record(task):
-    """One episode: the sensors' names, {name: readings over time} of images and of vectors, missing (T, M)."""
-    env, rng = make_env(task, seed=SEEDS.get(task, SEED)), np.random.default_rng(0)
-    world, images, vectors, truncated = env.unwrapped, {}, {}, False
-    action = np.zeros(env.action_space.shape)
-    observation, info = env.reset()
+@dataclass
+class Options:
+    """What to draw."""
+
+    tasks: tyro.conf.Positional[tuple[Literal[TASKS], ...]] = TASKS  # type: ignore[valid-type]
+    agent: str = ""  # a run or a file of weights: draw an episode of it, on its own task
+    moments: tuple[int, int] | None = None  # the first and the last decision to picture
+    output: str = "runs/contact_sheets"  # folder
+
+
+def record(task, agent, shown):
+    """One episode: names of sensors, {name: readings over time} of images, of vectors, missing (T, M), ten moments."""
+    if task not in TASKS:
+        raise ValueError(f"{agent} acts in {task}: give an agent of {', '.join(TASKS)}")
+    player = load_agent(agent) if agent else None
+    env = make_env(task, seed=SEEDS.get(task, SEED), split="eval" if agent else "train")
+    first, last = shown or (0, 120 if task == "table_wiping" else env.episode_steps)  # 120: the arm has wiped the table
+    moments = np.linspace(first, last, 10).astype(int)
+    if not 0 <= first < last <= env.episode_steps:
+        raise ValueError(f"--moments {first} {last}: give two decisions of 0 to {env.episode_steps}, in order")
+    rng, world, images, vectors, truncated = np.random.default_rng(0), env.unwrapped, {}, {}, False
+    (observation, info), action, reward = env.reset(), np.zeros(env.action_space.shape), 0.0
     while True:
         for name in env.sensors:
-            kind = images if observation[name].ndim == 3 else vectors
-            kind.setdefault(name, []).append(observation[name])
+            (images if observation[name].ndim == 3 else vectors).setdefault(name, []).append(observation[name])
         if task != "table_wiping":
             picture = env.render()  # also finds the foreground
             name, picture = ("the world", picture) if task.startswith("toy") else ("foreground", world.foreground)
             images.setdefault(name, []).append(picture)
+        if player:
+            vectors.setdefault("reward", []).append([reward])
         if truncated:
             break
-        action = 0.9 * action + 0.4 * rng.normal(size=action.shape)
-        if task == "table_wiping":
-            action = scripted_action(info)
-        observation, _, _, truncated, info = env.step(action)
+        smooth = 0.9 * action + 0.4 * rng.normal(size=action.shape)
+        action = scripted_action(info) if task == "table_wiping" else smooth
+        if player:
+            working = zip(env.sensors, observation["present"])
+            action = player.act({name: observation[name] for name, present in working if present})
+        observation, reward, _, truncated, info = env.step(action)
     if task == "table_wiping":
-        for i, t in enumerate(ten_moments(task, env.episode_steps)):
+        for i, t in enumerate(moments):
             world.begin(np.random.default_rng(i))
             for name, image in world.sense(env.sensors).items():
                 images.setdefault(f"{name},\nother starts", {})[t] = image
     env.close()
-    return list(env.sensors), images, vectors, env.missing
+    return list(env.sensors), images, vectors, env.missing, moments
 
 
-def ten_moments(task, steps):
-    """Decisions to show: over the episode, or until the scripted arm has wiped the table."""
-    return np.linspace(0, 120 if task == "table_wiping" else steps, 10).astype(int)
-
-
-def draw(task):
-    """The contact sheet of one task."""
-    sensors, images, vectors, missing = record(task)
-    time = np.arange(len(missing))
-    moments = ten_moments(task, time[-1])
-    heights = [1] * len(images) + [1.3] * len(vectors) + [0.25 * len(sensors)]
+def draw(task, agent="", shown=None):
+    """The contact sheet of one task, of an agent if there is one; shown is its first and last decision, or None."""
+    sensors, images, vectors, missing, moments = record(task, agent, shown)
+    time, half = np.arange(len(missing)), (moments[1] - moments[0]) / 2
+    limits = (moments[0] - half, moments[-1] + half) if shown else (0, time[-1])
+    heights = [1] * len(images) + [1.3 - 0.4 * bool(agent)] * len(vectors) + [0.25 * len(sensors)]
     figure = Figure(figsize=(12, 1.3 * sum(heights) + 0.6), layout="constrained")
     grid = figure.add_gridspec(len(heights), len(moments) + 1, height_ratios=heights,
                                width_ratios=[1] * len(moments) + [0.1])  # fmt: skip
@@ -76,38 +94,39 @@ def draw(task):
             axes = figure.add_subplot(grid[row, column], xticks=[], yticks=[], ylabel="" if column else name)
             axes.set_title("" if row else f"{t}", fontsize=9)
             if name in sensors and missing[t, sensors.index(name)]:
-                axes.set_facecolor("black")
-                axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+                axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", facecolor="black")
                 axes.text(0.5, 0.5, "missing", color="w", ha="center", va="center")
             else:
                 drawn = axes.imshow(pictures[t], **options)
         if name == "depth":
             figure.colorbar(drawn, figure.add_subplot(grid[row, -1]), label="metres", extend="max")
     for row, (name, values) in enumerate(vectors.items(), start=len(images)):
-        gone = missing[:, sensors.index(name)]
-        axes = figure.add_subplot(grid[row, :-1], xlim=(0, time[-1]), ylim=np.array([-0.05, 1.05]) * np.max(values),
-                                  ylabel="touch, log(1 + N)" if name == "touch" else name)  # fmt: skip
+        gone = missing[:, sensors.index(name)] if name in sensors else np.zeros(len(time), bool)
+        axes = figure.add_subplot(grid[row, :-1], xlim=limits, ylabel="touch,\nlog(1 + N)" if name == "touch" else name)
+        axes.set_ylim(np.array([-0.05, 1.05]) * np.ptp(values) + np.min(values))
         axes.plot(time, np.where(gone[:, None], np.nan, values), lw=1)
         axes.fill_between(time, 0, 1, where=gone, step="mid", color="0.85", lw=0, transform=axes.get_xaxis_transform())
         axes.tick_params(labelbottom=False)
-    axes = figure.add_subplot(grid[-1, :-1], xlabel="decision")
+    axes = figure.add_subplot(grid[-1, :-1], xlabel="decision", xlim=limits)
     axes.imshow(missing.T, aspect="auto", cmap="gray", vmin=-1, vmax=1.2, interpolation="none")
     axes.set_yticks(range(len(sensors)), sensors)
     figure.suptitle(f"{task}: readings of its sensors; dark where present, light where missing")
     return figure
 
 
-def main(tasks: tyro.conf.Positional[tuple[Literal[TASKS], ...]] = TASKS,  # type: ignore[valid-type]
-         output: str = "runs/contact_sheets"):  # fmt: skip
-    """Draw the tasks into a folder. Raises ValueError where it cannot be written."""
-    for task in tasks:
-        (picture,) = tools.output_files(f"{output}/{task}", ".png")
+def main(options):
+    """Draw the tasks. Raises ValueError for an agent that cannot act, and where nothing can be written."""
+    agent, output = options.agent, options.output
+    for task in (load_checkpoint(agent)["config"]["task"],) if agent else options.tasks:
+        (picture,) = tools.output_files(f"{output}/{task}{'_agent' if agent else ''}", ".png")
         try:
-            draw(task).savefig(picture, dpi=80, bbox_inches="tight")
+            draw(task, agent, options.moments).savefig(picture, dpi=80, bbox_inches="tight")
             say(f"{picture}")
         except ValueError as error:  # Table Wiping without robosuite
+            if agent:
+                raise
             say(f"{task}: {error}")
 
 
 if __name__ == "__main__":
-    tools.run("contact_sheet", main, __doc__)
+    tools.run("contact_sheet", main, __doc__, Options)

@@ -51,15 +51,6 @@ class Options:
 # ---- 1. Reading runs -----------------------------------------------------------------------------
 
 
-def read_configs(runs):
-    """{folder: Config} of the runs. Raises ValueError where one is missing or damaged, or there is none."""
-    configs = {folder: load_config(folder) for folder in only_runs(runs)}
-    for folder, config in configs.items():
-        if config.method not in STYLES:
-            raise ValueError(f"{folder}: method {config.method!r} is unknown: choose among {', '.join(STYLES)}")
-    return configs
-
-
 def read_metric(folder, metric):
     """Steps (K,) and values (K,) of one metric of a run. Raises ValueError if there are none.
 
@@ -150,7 +141,7 @@ def main(options):
     """Read all runs, then draw and write. Raises ValueError on bad input, before anything is written."""
     if not 0 <= options.smoothing < 1:
         raise ValueError(f"--smoothing {options.smoothing} is not allowed: give at least 0 and less than 1")
-    configs = read_configs(options.runs)
+    configs = {folder: load_config(folder) for folder in only_runs(options.runs)}
     tasks = {config.task: folder for folder, config in configs.items()}
     if len(tasks) > 1 and not options.panels:
         raise ValueError(f"{' and '.join(tasks.values())} are of different tasks, {' and '.join(tasks)}: "
