@@ -561,6 +561,8 @@ def test_the_configuration_is_strict_json(home):
     ('{"task": "toy", "speed": 3}', "has 'speed', which this version does not know"),
     ('{"d_h": "many"}', "has d_h 'many', which is no int"),
     ('{"sample_s_f": 1}', "which is no bool"),
+    ('{"precision": "half"}', "has precision 'half', which is unknown: it is one of ['auto', "),
+    ('{"expert_power": 3}', "has expert_power 3, which is unknown: it is one of [1, 2]"),
     ("[1]", "holds no configuration"),
     ('{"task":', "is damaged"),
 ])  # fmt: skip

@@ -2,12 +2,12 @@
 
     python -m tools.contact_sheet                               # every installed task, into runs/contact_sheets
     python -m tools.contact_sheet table_wiping --output docs    # as in the documentation
-    python -m tools.contact_sheet --agent pretrained/walker_walk.pt --moments 100 136
+    python -m tools.contact_sheet --agent pretrained/walker_walk.pt --moments 226 253
 
 Above, ten moments of an episode of smooth random actions, or of Table Wiping's scripted arm: each camera as the agent
 gets it, black where missing; depth in metres; the foreground, which no sensor gives; starts of other episodes of Table
-Wiping, whose looks are random. Below, the whole episode: the vector sensors, and which sensors are present when. Of a
-trained agent's episode also the reward, and all of it between the moments alone.
+Wiping, whose looks are random. Below, the whole episode: the vector sensors, and which sensors are present when. A
+trained agent's sheet also has its reward. With `--moments`, above and below show that part of the episode alone.
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def draw(task, agent="", shown=None):
     for row, (name, values) in enumerate(vectors.items(), start=len(images)):
         gone = missing[:, sensors.index(name)] if name in sensors else np.zeros(len(time), bool)
         axes = figure.add_subplot(grid[row, :-1], xlim=limits, ylabel="touch,\nlog(1 + N)" if name == "touch" else name)
-        axes.set_ylim(np.array([-0.05, 1.05]) * np.ptp(values) + np.min(values))
+        axes.set_ylim(np.array([-0.05, 1.05]) * (np.ptp(values) or 1) + np.min(values))
         axes.plot(time, np.where(gone[:, None], np.nan, values), lw=1)
         axes.fill_between(time, 0, 1, where=gone, step="mid", color="0.85", lw=0, transform=axes.get_xaxis_transform())
         axes.tick_params(labelbottom=False)
