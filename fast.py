@@ -244,12 +244,10 @@ class PresentRows(nn.Sequential):
         rows = PRESENT.get().get(self)
         if rows is None:
             return super().forward(x)
-        image = x.ndim == 4
-        flat = x.movedim(1, -1) if image else x.flatten(0, -2)  # (N, 64, 64, C), as in memory, or (N, D)
-        there = flat.index_select(0, rows)
-        y = super().forward(there.movedim(-1, 1) if image else there)
-        y = y.new_zeros(len(flat), y.shape[-1]).index_copy(0, rows, y)
-        return y if image else y.view(*x.shape[:-1], -1)
+        flat = x.movedim(1, -1) if x.ndim == 4 else x.flatten(0, -2)  # (N, 64, 64, C), as in memory, or (N, D)
+        y = super().forward(flat.index_select(0, rows).movedim(-1, 1)).movedim(1, -1)
+        y = y.new_zeros(len(flat), *y.shape[1:]).index_copy(0, rows, y).movedim(-1, 1)
+        return y if x.ndim == 4 else y.unflatten(0, x.shape[:-1])
 
 
 class FastConv(nn.Conv2d):
@@ -277,7 +275,7 @@ class FastMSSM(MSSM):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         use_step_linear(self.transition_in, self.gru_x, self.gru_h, self.prior_net, self.posterior_net)
-        for network in (*self.encoders, *getattr(self, "experts", ())):
+        for network in (*self.encoders, *getattr(self, "experts", ()), *getattr(self, "decoders", ())):
             network.__class__ = PresentRows
         for layer in (layer for layer in self.encoders.modules() if isinstance(layer, nn.Conv2d)):
             layer.__class__ = FastConv
@@ -409,7 +407,8 @@ class FastAgent(Agent):
         return torch.optim.Adam(module.parameters(), rate, eps=1e-7, fused=True, capturable=True)
 
     def update(self, batch, behaviour=True):
-        return self.run("update", super().update, batch, behaviour=behaviour)
+        with present_rows(getattr(self.model, "decoders", ()), batch["present"]):
+            return self.run("update", super().update, batch, behaviour=behaviour)
 
     def act(self, memory, observation, present, first, explore):
         return self.run("act", super().act, memory, observation, present, first, explore=explore)

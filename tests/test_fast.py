@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import A, B, T, close, observe, random_batch, take_the_mean, tiny_agent, tiny_model
+from conftest import A, B, D_C, D_H, M, T, close, observe, random_batch, take_the_mean, tiny_agent, tiny_model
 from test_shapes import FUNCTIONS, parse
 
 import fast
@@ -370,6 +370,17 @@ def test_features_of_absent_steps_are_zeros_and_all_others_as_ever(rate):
     same = plain.fuse(expected, present)
     relative([fused.s_f, fused.mean, fused.std], [same.s_f, same.mean, same.std], 1e-5)
     assert fast.PRESENT.get() == {}
+
+
+@pytest.mark.parametrize("method", ["dreamer", "mssm_e"])
+def test_decoders_compute_only_what_is_present(method):
+    agent, batch, rows = tiny_agent(method), random_batch(5), []
+    for decoder in agent.model.decoders:
+        decoder[-1].register_forward_hook(lambda layer, x, y: rows.append(len(y)))
+    agent.update(batch)
+    assert rows == batch["present"].flatten(0, 1).sum(0).tolist() and max(rows) < 5 * B
+    agent.model.decode(torch.zeros(7, D_C + D_H))  # outside of an update: everything
+    assert rows[-M:] == M * [7]
 
 
 def test_there_are_at_most_16_numbers_of_rows(monkeypatch):
