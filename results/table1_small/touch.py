@@ -26,6 +26,7 @@ SENSORS = {"rgb+depth+touch": (1, 1, 1), "touch": (0, 0, 1), "none": (0, 0, 0)}
 
 
 def percent(x):
+    """The share of an array that is true, as text."""
     return f"{100 * x.mean():.1f} %"
 
 
