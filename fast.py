@@ -63,7 +63,7 @@ def prepare(device, bfloat16, exact_losses, deterministic):
 def faster_exact_product(size=512):
     """The setting of `torch.set_float32_matmul_precision` whose product is faster on this CPU, and exact to float32.
 
-    "highest" is MKL's, slow on AMD processors. "medium" is oneDNN's: float32 too, unless the processor has AMX.
+    "highest" is MKL's, slow on AMD's Zen 4 and 5. "medium" is oneDNN's: float32 too, unless the processor has AMX.
     Not timed: a choice that depends on how busy the machine is would change the last bits of a resumed run.
     """
     if "AuthenticAMD" not in processor():

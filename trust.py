@@ -126,7 +126,7 @@ class Trust:
     A reading is dropped
     1. if it repeats itself, being nearer to one of its sensor's last AHEAD readings than honest ones are;
     2. if it quarrels with another, being farther from it than honest ones are, and is the more surprising of the two,
-       by log f times its expert's variance over the last two steps, or by a reading that is an exact repetition;
+       by a running average of log f times its expert's variance, or by a reading that is an exact repetition;
     3. if it is farther from the prediction than honest ones are, as many steps after its sensor was last believed.
        After AHEAD steps a sensor gets another hearing: this test is passed, whatever it says.
 
