@@ -16,7 +16,7 @@ import torch
 import fast
 from agent import Agent
 from envs import TOY
-from mssm import MSSM, initialise
+from mssm import MAX_DEPTH, MSSM, check_observation, initialise
 from mummi_loss import Weights, cvrl, elbo, log_density_ratio, mummi, mummi_b
 from trust import Trust
 
@@ -47,6 +47,8 @@ def make_agent(config, observation_space, action_size):
     torch.backends.cudnn.allow_tf32 = False  # `fast.prepare` may allow it
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
+    if device.index:  # CUDA graphs are captured on the current GPU
+        torch.cuda.set_device(device)
     if config.fast:  # the losses of MuMMI-b read the fused mean, which is float32
         fast.prepare(device, bfloat16, config.method == "mummi_b", config.deterministic)
     fusion, heads, objective = METHODS[config.method]
@@ -60,16 +62,13 @@ def make_agent(config, observation_space, action_size):
     lambdas = {name: float(value) for name, value in (pair.rsplit("=", 1) for pair in config.weights)}
     weights = Weights(lambdas, config.reward_weight, config.free_nats, config.fused_kl_scale, config.absent_logit,
                       config.over_present)  # fmt: skip
-    options = {name: getattr(config, name) for name in BEHAVIOUR}
+    options = {name: getattr(config, name) for name in BEHAVIOUR} | ({"bfloat16": bfloat16} if config.fast else {})
     options |= dict(continuation=continuation, sample_in_evaluation=config.act_by == "sample", device=device)
 
     def loss(model, filtered, batch):
         return objective(model, filtered, batch, weights)
 
-    if config.fast:
-        agent = fast.FastAgent(model, loss, action_size, bfloat16=bfloat16, **options)
-    else:
-        agent = Agent(model, loss, action_size, **options)
+    agent = (fast.FastAgent if config.fast else Agent)(model, loss, action_size, **options)
     initialise(agent.actor)
     initialise(agent.critic)
     return agent
@@ -94,7 +93,7 @@ class Player:
     """A trained agent that keeps its own memory.
 
     sensors  {name: shape} that it knows: colour (64, 64, 3) uint8, depth (64, 64, 1) in metres, vectors (D,).
-             A sensor is missing at a step where its key is absent or any of its values is NaN.
+             A sensor is missing at a step where its key is absent, its value None, or a vector not finite.
     """
 
     def __init__(self, agent, trust=None):
@@ -109,8 +108,8 @@ class Player:
     def filter(self, observation):
         """Take in one observation, {name: array}, and the action before it.
 
-        returns  the latent state z (D_z,), and {name: log f} of Eq. (16), how well each sensor that is present agrees
-                 with it: 0 is best (MuMMI and MuMMI-b only)
+        returns  the latent state z (D_z,), and {name: log f} of Eq. (16), how well each sensor that is present (and
+                 believed) agrees with it: 0 is best (MuMMI and MuMMI-b only)
         Raises ValueError for a sensor that it does not know, or of another shape or type.
         """
         unknown = set(observation) - set(self.sensors)
@@ -118,30 +117,32 @@ class Player:
             raise ValueError(f"sensor {min(unknown)!r} is unknown: give some of {', '.join(self.sensors)}")
         arrays = {}
         for name, x in observation.items():
-            x = np.asarray(x, np.float32 if len(self.sensors[name]) == 1 else None)
-            if x.dtype == np.uint8 or not np.isnan(x).any():
-                arrays[name] = x
-        tensors, model = {}, self.agent.model
+            x = np.asarray(np.nan if x is None else x, np.float32 if len(self.sensors[name]) == 1 else None)
+            if x.ndim > 1 or np.isfinite(x).all():
+                arrays[name] = np.ascontiguousarray(np.fmin(x, MAX_DEPTH) if x.ndim == 3 and x.dtype != np.uint8 else x)
+        given, model = {}, self.agent.model
         for name, shape in self.sensors.items():
             kind = np.uint8 if len(shape) == 3 and shape[-1] > 1 else np.float32
-            tensors[name] = torch.as_tensor(arrays.get(name, np.zeros(shape, kind)), device=self.agent.device)[None]
+            given[name] = torch.as_tensor(arrays.get(name, np.zeros(shape, kind)), device=self.agent.device)[None]
         present = torch.tensor([[name in arrays for name in self.sensors]], device=self.agent.device)
+        check_observation({k: x[None] for k, x in given.items()}, present[None], self.memory.action[None], self.sensors)
         if self.trust:
-            present = self.trust(self.memory, tensors, present, self.first)
-        filtered = self.agent.filter(self.memory, tensors, present, self.first)
+            present = self.trust(self.memory, given, present, self.first)
+        filtered = self.agent.filter(self.memory, given, present, self.first)
         self.first = torch.zeros_like(self.first)
         self.memory = self.memory._replace(state=model.state(filtered))
         latent, agreement = model.latent(*self.memory.state), {}
         if hasattr(model, "g"):
             with torch.no_grad():
                 log_f = log_density_ratio(model.g(latent), filtered.fused.expert_mean[0, 0])[0]  # (M,)
-            agreement = {name: float(x) for name, x in zip(self.sensors, log_f) if name in arrays}
+            agreement = {name: float(x) for name, x, here in zip(self.sensors, log_f, present[0]) if here}
         return latent[0].cpu().numpy(), agreement
 
     def act(self, observation):
         """The action (A,) in [-1, 1] after one more observation; see `filter`."""
         self.filter(observation)
-        action = self.agent.plan(self.memory.state, self.agent.actor.mode).clamp(-1, 1)
+        policy = self.agent.actor.sample if self.agent.sample_in_evaluation else self.agent.actor.mode
+        action = self.agent.plan(self.memory.state, policy).clamp(-1, 1)
         self.memory = self.memory._replace(action=action)
         return action[0].float().cpu().numpy()
 

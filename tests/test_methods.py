@@ -42,9 +42,22 @@ def reward_and_kl(model, filtered, batch, free_nats):
 
 
 def mean_bound(log_f, present):
-    """Mean over the present rows of Eq. (15), in Python."""
+    """Mean over the present rows of Eq. (15), by a softmax over them, which has a gradient; its value in Python, too."""
     present = present.flatten()
-    return info_nce_in_python(log_f, present).sum() / present.sum()
+    bound = log_f[present][:, present].log_softmax(-1).diagonal().mean()
+    close(bound, info_nce_in_python(log_f, present).sum() / present.sum())
+    return bound
+
+
+def same(loss, expected, model):
+    """In value and in gradient: a loss that holds a gradient back has the right value all the same."""
+    close(loss, expected)
+    parameters = dict(model.named_parameters())
+    gradients = [torch.autograd.grad(x, [*parameters.values()], retain_graph=True, allow_unused=True) for x in (loss, expected)]
+    for name, actual, right in zip(parameters, *gradients):
+        assert (actual is None) == (right is None), name
+        if right is not None:
+            assert (actual - right).norm() <= 1e-4 * right.norm() + 1e-6, name
 
 
 def minus_distances(g_z, x):
@@ -60,7 +73,7 @@ def test_mummi_sums_a_bound_for_each_expert():
     total = reward_and_kl(model, filtered, batch, 0.1)
     for m, weight in enumerate([1.0, 1.0, 0.001]):  # rgb, depth, touch
         total += weight * mean_bound(minus_distances(g_z, filtered.fused.expert_mean[:, :, m]), batch["present"][..., m])
-    close(loss, -total)
+    same(loss, -total, model)
 
 
 @pytest.mark.eq(17)
@@ -68,7 +81,7 @@ def test_mummi_b_has_one_bound_of_the_fused_mean():
     model, filtered, batch, loss, _ = world_model_loss("mummi_b", free_nats=0.1)
     g_z = model.g(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1)
     bound = mean_bound(minus_distances(g_z, filtered.fused.mean), batch["present"].any(-1))
-    close(loss, -(bound + reward_and_kl(model, filtered, batch, 0.1)))
+    same(loss, -(bound + reward_and_kl(model, filtered, batch, 0.1)), model)
 
 
 def test_cvrl_has_one_bound_of_projected_latents_and_features():
@@ -76,7 +89,7 @@ def test_cvrl_has_one_bound_of_projected_latents_and_features():
     z = model.project_z(torch.cat([filtered.s_c, filtered.h], -1)).flatten(0, 1).double()
     x = model.project_x(filtered.fused.s_f).flatten(0, 1).double()
     bound = mean_bound(torch.einsum("id,jd->ij", z, x), batch["present"].any(-1))
-    close(loss, -(bound + reward_and_kl(model, filtered, batch, 0.1)))
+    same(loss, -(bound + reward_and_kl(model, filtered, batch, 0.1)), model)
 
 
 @pytest.mark.eq(10)
@@ -88,7 +101,7 @@ def test_elbo_reconstructs_every_modality_that_is_present(method):
         x = model.scale(batch["observation"], batch["present"])[name].double()
         log_likelihood = Normal(decoded[name].double(), 1.0).log_prob(x).flatten(2).sum(-1)
         total += log_likelihood[batch["present"][..., m]].sum() / N
-    close(loss, -(total + reward_and_kl(model, filtered, batch, 0.1)))
+    same(loss, -(total + reward_and_kl(model, filtered, batch, 0.1)), model)
 
 
 def test_five_methods_are_five_pairs_of_fusion_and_objective():
@@ -147,6 +160,7 @@ def test_the_kl_of_the_fused_observation_has_its_weight(method):
     q = Normal(filtered.fused.mean.double(), filtered.fused.std.double())
     kl = kl_divergence(q, Normal(*(x.double() for x in model.fused_prior(filtered.s_c)))).sum(-1)
     close(with_kl - without, 10 * kl[batch["present"].any(-1)].mean(), 1e-4)
+    same(mummi_loss.fused_kl(model, filtered, mummi_loss.Weights(fused_kl=10)), 10 * kl[batch["present"].any(-1)].mean(), model)
 
 
 @pytest.mark.eq(12)
@@ -165,6 +179,13 @@ def test_the_reward_error_is_logged_as_two_sums():
     error = model.reward(torch.cat([filtered.s_c, filtered.h], -1)) - batch["reward"]
     close(metrics["reward_square_error"], error.double().square().mean())
     close(metrics["reward_variance"], batch["reward"].double().var(correction=0))
+
+
+def test_the_kl_is_logged_as_it_is_not_as_it_counts():
+    _, filtered, _, _, metrics = world_model_loss(free_nats=100.0)
+    posterior, prior = Normal(filtered.mean, filtered.std), Normal(filtered.prior_mean, filtered.prior_std)
+    close(metrics["kl"], kl_divergence(posterior, prior).sum(-1).mean())
+    assert metrics["kl"] < 100
 
 
 @pytest.mark.dev(8)
@@ -368,11 +389,13 @@ def trained(tmp_path_factory):
         yield Path.cwd() / "runs" / "x"
 
 
-def test_a_trained_agent_acts_as_in_evaluation(trained):
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_trained_agent_acts_as_in_evaluation(trained, sample):
     """The same actions as `evaluate.act` on a vector of one environment; an absent key, NaN and present 0 are one."""
     import evaluate
 
     player, agent = methods.load_agent(trained), methods.load_agent(trained).agent
+    player.agent.sample_in_evaluation = agent.sample_in_evaluation = sample  # --act-by
     assert player.sensors == {"position": (2,), "camera": (64, 64, 3)}
     memory, camera = agent.initial_memory(1), np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     steps = [({"position": [0.2, 0.7], "camera": camera}, (1, 1)), ({"position": [1, 0]}, (1, 0)),
@@ -386,6 +409,55 @@ def test_a_trained_agent_acts_as_in_evaluation(trained):
         torch.manual_seed(t)
         action = player.act(observation)
         assert action.shape == (2,) and np.array_equal(action, expected[0])
+
+
+def test_what_is_not_finite_or_none_is_missing_and_does_no_harm(trained):
+    player, good = methods.load_agent(trained), {"position": [0.2, 0.7]}
+    for worse in ({"position": [np.inf, 0.7]}, {"position": [np.nan, 0.7]}, {"position": None, "camera": None}, {}):
+        player.reset()
+        torch.manual_seed(0)
+        actions = [player.act(x) for x in (good, worse, good)]
+        player.reset()
+        torch.manual_seed(0)
+        assert np.isfinite(actions).all() and np.array_equal(actions, [player.act(x) for x in (good, {}, good)])
+
+
+def test_a_vector_may_have_any_range_and_a_picture_any_memory_layout():
+    player, latents = methods.Player(tiny_agent("mummi")), []
+    picture = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    mirrored = np.ascontiguousarray(picture[..., ::-1])
+    for observation in ({"touch": [10, 0]}, {"touch": [500, 0]}, {"rgb": picture[..., ::-1]}, {"rgb": mirrored}):
+        player.reset()
+        torch.manual_seed(0)
+        latents.append(player.filter(observation)[0])
+    assert not np.array_equal(latents[0], latents[1]) and np.array_equal(latents[2], latents[3])
+
+
+def test_a_sensor_that_is_not_believed_has_no_agreement_and_a_refused_reading_leaves_no_trace():
+    calls = []
+    trust = lambda memory, tensors, present, first: calls.append(1) or present & torch.tensor([True, True, False])  # noqa: E731
+    player = methods.Player(tiny_agent("mummi"), trust)
+    rgb = np.zeros((64, 64, 3), np.uint8)
+    assert list(player.filter({"rgb": rgb, "touch": [3, 0]})[1]) == ["rgb"] and len(calls) == 1
+    for wrong in ({"rgb": rgb[:32]}, {"rgb": rgb.astype(float)}, {"depth": np.zeros((64, 64), np.float32)}):
+        with pytest.raises(ValueError, match="give (uint8|float)"):
+            player.filter(wrong)
+    assert len(calls) == 1
+
+
+def test_depth_that_reads_nothing_is_far_as_in_training():
+    """A pixel without a return is NaN or infinite; the camera is not missing for it."""
+    player = methods.Player(tiny_agent("mummi"))
+    depth, latents = np.full((64, 64, 1), 3.0, np.float32), []
+    for nothing in (envs.MAX_DEPTH, np.nan, np.inf, 1e6):
+        depth[:9, :9] = nothing
+        player.reset()
+        torch.manual_seed(0)
+        latents.append(player.filter({"depth": depth})[0])
+    assert all(np.array_equal(latents[0], x) for x in latents[1:])
+    torch.manual_seed(0)
+    player.reset()
+    assert not np.array_equal(latents[0], player.filter({})[0])
 
 
 def test_a_file_of_weights_is_evaluated_and_acts_as_its_run(trained, tmp_path, monkeypatch):
@@ -422,7 +494,16 @@ def test_a_trained_agent_filters_and_tells_how_sensors_agree(trained):
     player = methods.load_agent(trained)
     latent, agreement = player.filter({"position": [0.2, 0.7]})
     assert latent.shape == (player.agent.model.d_h + player.agent.model.d_c,) and list(agreement) == ["position"]
-    assert agreement["position"] <= 0
+    camera = np.zeros((64, 64, 3), np.uint8)
+    both = player.filter({"position": [0.2, 0.7], "camera": camera})
+    torch.manual_seed(0)
+    latent, agreement = player.filter({"position": [0.9, 0.1], "camera": camera})
+    model = player.agent.model
+    readings = {"position": torch.tensor([[[0.9, 0.1]]]), "camera": torch.as_tensor(camera)[None, None]}
+    means = model.fuse(model.encode(readings, torch.ones(1, 1, 2).bool()), torch.ones(1, 1, 2).bool()).expert_mean[0, 0]
+    for name, mean in zip(player.sensors, means):
+        close(agreement[name], -(model.g(torch.as_tensor(latent)) - mean).square().sum(), 1e-4)
+    assert list(both[1]) == ["position", "camera"]
     player.reset()
     assert player.memory.state.h.abs().sum() == 0
 
