@@ -350,7 +350,7 @@ class Agent:
         }  # fmt: skip
 
     def load_state_dict(self, state):
-        """Take over what `state_dict` gave, from any device. Raises RuntimeError where shapes differ."""
+        """Take over what `state_dict` gave, from any device; rates stay. Raises RuntimeError where shapes differ."""
         for name, optimiser in self.optimisers.items():
             getattr(self, name).load_state_dict(state[name])
             moments = state.get(f"{name}_optimiser", {"state": {}})["state"]  # a file of weights has none

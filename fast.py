@@ -226,10 +226,11 @@ def present_rows(networks, present):
     """
     rows = {}
     if present.device.type == "cpu":
-        for network, here in zip(networks, present.flatten(0, -2).unbind(-1)):
+        for network, here in zip(networks, present.reshape(-1, present.shape[-1]).unbind(-1)):
             unit = -(-len(here) // 16)
             count = min(len(here), unit * max(1, -(-int(here.sum()) // unit)))
-            rows[network] = here.int().argsort(descending=True, stable=True)[:count] if count < len(here) else None
+            first = here.int().argsort(descending=True, stable=True)[:count] if count < len(here) else None
+            rows[network] = first, len(here)
     token = PRESENT.set(rows)
     try:
         yield
@@ -241,10 +242,10 @@ class PresentRows(nn.Sequential):
     """A network that gives zeros for the rows that `present_rows` leaves out. Nothing reads them."""
 
     def forward(self, x):
-        rows = PRESENT.get().get(self)
-        if rows is None:
-            return super().forward(x)
         flat = x.movedim(1, -1) if x.ndim == 4 else x.flatten(0, -2)  # (N, 64, 64, C), as in memory, or (N, D)
+        rows, of = PRESENT.get().get(self, (None, 0))
+        if rows is None or of != len(flat):  # other rows than those of the batch are all computed
+            return super().forward(x)
         y = super().forward(flat.index_select(0, rows).movedim(-1, 1)).movedim(1, -1)
         y = y.new_zeros(len(flat), *y.shape[1:]).index_copy(0, rows, y).movedim(-1, 1)
         return y if x.ndim == 4 else y.unflatten(0, x.shape[:-1])
@@ -440,11 +441,11 @@ class FastAgent(Agent):
             for generator in torch.cuda.default_generators:  # a capture that broke off may hold them
                 generator.graphsafe_set_state(generator.clone_state())
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            warnings.warn(f"{name} could not be compiled or captured on this GPU, and runs without: slower, with the "
-                          f"same results ({cause})", stacklevel=2)  # fmt: skip
+            warnings.warn(f"{name} could not be compiled or captured on this GPU, and runs without, from an update "
+                          f"begun anew on: slower ({cause})", stacklevel=2)  # fmt: skip
             return method(*inputs, **options)
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         for graph in self.graphs.values():
-            graph.graphs.clear()  # they know where Adam's state was
+            graph.graphs, graph.calls = {}, Counter()  # they know where Adam's state was

@@ -160,10 +160,11 @@ def test_update_minimises_both_objectives_of_the_imagined_states():
     agent, x = world_agent(discount=0.9, return_lambda=0.8), torch.randn(1, N, 2)
     torch.manual_seed(1)
     latent, _ = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
-    actor = critic = 0.0
+    actor = critic = total = 0.0
     for n in range(N):
         reward, value = agent.model.reward(latent[:, n]).tolist(), agent.critic(latent[:, n]).tolist()
         returns = lambda_return_in_python(reward[:-1], value, 0.9, 0.8)
+        total += sum(returns)
         for t in range(H - 1):
             actor -= 0.9**t * returns[t] / (N * (H - 1))
             critic += 0.9**t * (value[t] - returns[t]) ** 2 / 2 / (N * (H - 1))
@@ -171,6 +172,7 @@ def test_update_minimises_both_objectives_of_the_imagined_states():
     metrics = agent.update(world_batch(x))
     close(metrics["actor_loss"], actor)
     close(metrics["critic_loss"], critic)
+    close(metrics["imagined_return"], total / (N * (H - 1)))  # as it is earned: without the weights
 
 
 @pytest.mark.eq(19)
@@ -279,6 +281,18 @@ def test_the_actor_learns_through_the_dynamics():
     agent.update(batch)
     gradients = torch.autograd.grad(losses["actor"], list(agent.actor.parameters()))
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_an_imagined_action_is_credited_with_all_that_follows():
+    """In the known world, with values 0: d/da_t of sum_k (discount lambda)^k r_k, in closed form."""
+    agent, start, moves = world_agent(discount=0.9, return_lambda=0.8), torch.randn(N, 2), (torch.rand(H, N, 2) / 2).requires_grad_()
+    agent.critic = lambda latent: torch.zeros(latent.shape[:-1])
+    plan = iter(moves)
+    latent, _ = agent.imagine(lambda _: next(plan), Point(start))
+    gradient = torch.autograd.grad(agent.returns(latent)[0][0].sum(), moves)[0]
+    x = start.double() + 0.1 * moves.detach().double().cumsum(0)
+    for t in range(H):
+        close(gradient[t], sum((0.72**k * -2 * x[k] * 0.1 for k in range(t, H - 1)), torch.zeros(N, 2)))
 
 
 @pytest.mark.dev(25)

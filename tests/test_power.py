@@ -62,6 +62,26 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
     ("an expert's share where it is absent", mssm.MSSM.expert_shares, ".mean(-1) * present", ".mean(-1)",
      test_mssm.test_experts_shares_are_their_precisions_and_sum_to_one),
 
+    # Gradients that a loss holds back
+    ("g alone is pulled", mummi_loss.mummi, "model.g(latent)", "model.g(latent.detach())",
+     test_methods.test_mummi_sums_a_bound_for_each_expert),
+    ("no expert is pulled", mummi_loss.mummi, "filtered.fused.expert_mean.", "filtered.fused.expert_mean.detach().",
+     test_methods.test_mummi_sums_a_bound_for_each_expert),
+    ("the fused mean is not pulled", mummi_loss.mummi_b, "filtered.fused.mean.", "filtered.fused.mean.detach().",
+     test_methods.test_mummi_b_has_one_bound_of_the_fused_mean),
+    ("features learn nothing", mummi_loss.cvrl, "filtered.fused.s_f.", "filtered.fused.s_f.detach().",
+     test_methods.test_cvrl_has_one_bound_of_projected_latents_and_features),
+    ("pictures teach the decoder alone", mummi_loss.elbo, "model.decode(latent.", "model.decode(latent.detach().",
+     test_methods.test_elbo_reconstructs_every_modality_that_is_present),
+    ("the reward teaches its head alone", mummi_loss.shared_terms, "model.reward(latent)", "model.reward(latent.detach())",
+     test_methods.test_mummi_sums_a_bound_for_each_expert),
+    ("the fused prior learns alone", mummi_loss.fused_kl, "fused_prior(filtered.s_c)", "fused_prior(filtered.s_c.detach())",
+     test_methods.test_the_kl_of_the_fused_observation_has_its_weight),
+    ("an action is credited with one step", agent.imagine, "imagine_step(state, action)",
+     "imagine_step(type(state)(*(x.detach() for x in state)), action)", test_agent.test_an_imagined_action_is_credited_with_all_that_follows),
+    ("the KL is logged as it counts", mummi_loss.shared_terms, "kl.mean()", "kl.mean().clamp(min=weights.free_nats)",
+     test_methods.test_the_kl_is_logged_as_it_is_not_as_it_counts),
+
     # What a sensor may say
     ("depth not clipped", mssm.scale, ".clamp_(0, MAX_DEPTH)", "",
      test_mssm.test_scale_knows_each_kind_of_observation),
@@ -209,7 +229,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_trust.test_a_sensor_lies_exactly_as_often_as_asked_and_only_then),
     ("another rate of lies", envs.LyingSensors.reset, "self.rate, MAX_SEGMENT", "0.4, MAX_SEGMENT",
      test_trust.test_a_sensor_lies_exactly_as_often_as_asked_and_only_then),
-    ("less late than said", envs.LyingSensors.reading, "self.good[name][0]", "self.good[name][-1]",
+    ("less late than said", envs.LyingSensors.reading, '-1 if fault == "frozen" else 0', "-1",
      test_trust.test_each_fault_is_what_it_is_called),
     ("compared with what was known afterwards", trust.usual_distances, "x[:-1].flatten(0, 1)", "x[1:].flatten(0, 1)",
      test_trust.test_surprise_is_the_distance_from_the_prediction_of_one_step_before),
@@ -237,7 +257,8 @@ CHOSEN = dict(  # for a test that runs for several
     method="mummi", steps=501, rate=0.375, max_length=14, axes=(5, 7), nonsense=float("nan"), fusion="product", fast=True,
     fault="black", sensor="camera", change=dict(touch=test_mssm.uint8(2)), message="'touch' is torch.uint8", bfloat16=False,
 )  # fmt: skip
-PRODUCTS = {  # the processor, and whether oneDNN's product is exact, by the fault that only they show
+SPECIAL = {  # the arguments that alone show a fault: a method; a processor, and whether oneDNN's product is exact there
+    "pictures teach the decoder alone": dict(method="mssm_e"),
     "products in bfloat16 for speed": dict(vendor="AuthenticAMD", exact=False, expected="highest", before="highest"),
     "slower products": dict(vendor="GenuineIntel", exact=True, expected="highest", before="highest"),
     "the process's precision changed by a measurement": dict(vendor="AuthenticAMD", exact=True, expected="medium", before="highest"),
@@ -251,7 +272,7 @@ def test_a_planted_fault_fails_its_test(monkeypatch, request, name, function, te
     assert source.count(text) == 1, f"write the fault anew: {text!r} is not once in {function.__qualname__}"
     exec(source.replace(text, fault), function.__globals__, planted)
     monkeypatch.setattr(function, "__code__", inspect.unwrap(planted[function.__name__]).__code__)  # for all who hold it
-    chosen = CHOSEN | PRODUCTS.get(name, {})
+    chosen = CHOSEN | SPECIAL.get(name, {})
     names = inspect.signature(test).parameters
     arguments = {name: chosen[name] if name in chosen else request.getfixturevalue(name) for name in names}
     with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter: what should be raised was not
