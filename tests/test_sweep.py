@@ -1,5 +1,6 @@
 """The sweep: what it plans, and with a real cluster of Ray's, three nodes on this machine, what it survives."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,14 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_reliability import TOY, assert_equal_runs, run
 
+import evaluate
 from config import Config, parse
 from tools import sweep
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = ["--tasks", "toy", "--methods", "mummi", "cvrl", "--seeds", "1", "2", "--episodes", "1", *TOY[: TOY.index("--task")],
-           *TOY[TOY.index("--task") + 2 :]]  # fmt: skip
+OPTIONS = ["--tasks", "toy", "--methods", "mummi", "cvrl", "--seeds", "1", "2", "--episodes", "1", "--preset", "small",
+           *TOY[: TOY.index("--task")], *TOY[TOY.index("--task") + 2 :]]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +72,9 @@ def test_the_plan_says_the_hours_that_were_measured(monkeypatch, tmp_path):
     [
         (["--seed", "3"], {}, "--seed is not for a sweep"),
         (["--name=x"], {}, "--name=x is not for a sweep"),
-        ([], {"gpus_per_run": 2.0}, "--gpus-per-run 2.0 is not allowed"),
+        ([], {"gpus_per_run": 2.0}, "--gpus-per-run 0 to 1"),
         ([], {"retries": -1}, "--retries takes 0 or more"),
+        ([], {"address": "auto"}, "--address also needs --preset"),
         ([], {"methods": ("mumi",)}, "--method mumi is not allowed"),
         (["--horizon", "1"], {}, "--horizon 1 is not allowed"),
     ],
@@ -107,6 +111,21 @@ def test_the_share_of_a_run(nodes, options, expected):
 def test_a_share_that_no_node_has_is_refused():
     with pytest.raises(ValueError, match="asks for 0.5 GPUs and 1 CPUs, and the nodes have 0 and 2"):
         sweep.share([{"CPU": 2.0}], sweep.Options(gpus_per_run=0.5))
+
+
+@pytest.mark.parametrize("by_hand, kept", [
+    ({}, True), ({"calibration": True, "video": True, "references": False}, True), ({"episodes": 3}, False),
+    ({"rates": ("None",)}, False), ({"faults": ("camera=black",)}, False), ({"trust": True}, False), ({"seed": 5}, False),
+    ({"remove": ("camera",)}, False),
+], ids=str)  # fmt: skip
+def test_an_evaluation_by_hand_is_kept_if_its_conditions_are_those_of_the_sweep(by_hand, kept):
+    (folder, config), = configs(tasks=("toy",), methods=("mummi",), seeds=(1,)).items()
+    sweep.create_folder(folder, config)
+    torch.save({"steps": config.steps, "evaluated": config.steps}, folder / "checkpoint.pt")
+    options = evaluate.Options((str(folder),), **by_hand)
+    (folder / "evaluation.json").write_text(json.dumps({"options": dataclasses.asdict(options)}))
+    left = sweep.commands(folder, config, sweep.Options(), "cpu", True)
+    assert (left == []) == kept and all("evaluate.py" in command[0] for command in left)
 
 
 # ---- 2. On a cluster of three nodes ----

@@ -14,10 +14,9 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from checkpoint import fail, say
+import tools
+from checkpoint import say
 from pictures import COLOURS
-
-GRID = np.linspace(0, 1, 201)  # shares of honest readings
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Options:
 def main(options):
     """Draw and write the figure. Raises ValueError where the file holds no detection of that method."""
     records = json.loads(options.evaluation.read_text())["records"]
+    grid = np.linspace(0, 1, 201)  # shares of honest readings
     curves: dict = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["method"] == options.method and record.get("fault"):
@@ -43,10 +43,10 @@ def main(options):
     figure = Figure(figsize=(4.4 * len(curves), 4.2), layout="constrained")
     for axis, (name, faults) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for (fault, found), colour in zip(faults.items(), itertools.cycle(COLOURS)):
-            lines = [np.interp(GRID, *np.array([[0.0, 0.0], *one["roc"], [1.0, 1.0]]).T) for one in found]
+            lines = [np.interp(grid, *np.array([[0.0, 0.0], *one["roc"], [1.0, 1.0]]).T) for one in found]
             area = np.mean([one["area"] for one in found])
-            axis.plot(GRID, np.mean(lines, 0), color=colour, label=f"{fault}, area {area:.2f}")
-        axis.plot(GRID, GRID, color="0.7", linestyle=":")
+            axis.plot(grid, np.mean(lines, 0), color=colour, label=f"{fault}, area {area:.2f}")
+        axis.plot(grid, grid, color="0.7", linestyle=":")
         axis.set(title=name, xlabel="honest readings above the threshold", ylabel="lies above it", xlim=(-0.02, 1))
         axis.legend(frameon=False, fontsize=8, loc="lower right")
     path = Path(options.output or options.evaluation.with_name(options.evaluation.stem + "-roc.png"))
@@ -55,7 +55,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (Exception, KeyboardInterrupt) as error:
-        fail("lying", error)
+    tools.run("lying", main, __doc__, Options)

@@ -23,7 +23,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,10 +69,11 @@ def plan(options, rest):
     own = [argument for argument in rest if argument.split("=")[0] in OWN]
     if own:
         raise ValueError(f"{own[0]} is not for a sweep: choose runs with --tasks, --methods, --seeds and --runs")
-    if options.retries < 0 or options.episodes < 1 or (options.cpus_per_run or 1) < 1:
-        raise ValueError("--retries takes 0 or more, --episodes and --cpus-per-run 1 or more")
-    if not 0 <= (options.gpus_per_run or 0) <= 1:
-        raise ValueError(f"--gpus-per-run {options.gpus_per_run} is not allowed: give 0 to 1, a run uses one GPU")
+    gpus, cpus = options.gpus_per_run or 0, options.cpus_per_run or 1
+    if options.retries < 0 or options.episodes < 1 or cpus < 1 or not 0 <= gpus <= 1:
+        raise ValueError("--retries takes 0 or more, --episodes and --cpus-per-run 1 or more, --gpus-per-run 0 to 1")
+    if options.address and not any(argument.startswith("--preset") for argument in rest):
+        raise ValueError("--address also needs --preset paper or small: the nodes may have GPUs that are not here")
     configs, runs = {}, Path(options.runs).resolve()
     for task in options.tasks or TABLE_I_TASKS:
         base = parse(["--task", task, "--name", "sweep.tmp", *rest])  # a name that no run has
@@ -267,12 +268,14 @@ def commands(folder, config, options, device, references):
     train, remove = not finished(folder, config), ["--remove", "workspace"] * (config.task == "table_wiping")
     with suppress(OSError, ValueError):
         done = json.loads((folder / "evaluation.json").read_text())["options"]
+        asked = json.loads(json.dumps(asdict(evaluate.Options((), episodes=options.episodes, remove=(*remove[1:],)))))
+        same = all(done[x] == asked[x] for x in "episodes remove rates seed randomize faults trust".split())
         newer = (folder / "evaluation.json").stat().st_mtime >= (folder / "checkpoint.pt").stat().st_mtime
-        if not train and newer and (done["episodes"], done["remove"]) == (options.episodes, remove[1:]):
+        if not train and newer and same:
             return []
-    evaluate = [str(ROOT / "evaluate.py"), str(folder), "--episodes", str(options.episodes), "--device", device,
-                "--references" if references else "--no-references", *remove]  # fmt: skip
-    return [[str(ROOT / "train.py"), "--resume", str(folder)]] * train + [evaluate]
+    evaluation = [str(ROOT / "evaluate.py"), str(folder), "--episodes", str(options.episodes), "--device", device,
+                  "--references" if references else "--no-references", *remove]  # fmt: skip
+    return [[str(ROOT / "train.py"), "--resume", str(folder)]] * train + [evaluation]
 
 
 def look(job):
