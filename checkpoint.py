@@ -182,7 +182,7 @@ def lock(file):
 
 def create_folder(folder, config):
     """A new run's folder, which appears with its configuration in it. Raises ValueError if there is one."""
-    fresh = folder.with_name(folder.name + ".tmp")
+    fresh = folder.with_name("." + folder.name)  # no run has such a name
     fresh.mkdir(parents=True, exist_ok=True)
     write_config(fresh, config)
     try:
@@ -191,18 +191,17 @@ def create_folder(folder, config):
         raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}") from error
 
 
-def check_backgrounds(folder, source):
-    """Keep what identifies a run's backgrounds, wherever they lie. Raises ValueError if it was trained on others."""
-    if source == "procedural":
-        return
+def check_backgrounds(folder, source, new=False):
+    """Keep what identifies a new run's backgrounds, wherever they lie. Raises ValueError if a run has seen others."""
     from backgrounds import fingerprint
 
     path, found = Path(folder) / "backgrounds.json", fingerprint(source)
-    kept = json.loads(path.read_text())["fingerprint"] if path.exists() else found
+    kept = json.loads(path.read_text())["fingerprint"] if path.exists() else found if new else "procedural"
     if kept != found:
         raise ValueError(f"backgrounds {source} hold other clips than those of {folder}: give --backgrounds the path "
                          "of the same ones, or start a new run")  # fmt: skip
-    write_file(path, json.dumps({"path": str(source), "fingerprint": found}).encode())
+    if new and source != "procedural":
+        write_file(path, json.dumps({"path": str(source), "fingerprint": found}).encode())
 
 
 # ---- 3. Metrics ----------------------------------------------------------------------------------

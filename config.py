@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class Model:
 class Objective:
     """Eq. (17): what the world model learns from."""
 
-    weights: tuple[str, ...] = ("touch=0.001",)  # lambda^m by sensor; 1 for all others.  Dev. D8 [code: touch=0.001]
+    weights: tuple[str, ...] = ("touch=0.001",)  # lambda^m by sensor; 1 where not given.  Dev. D8 [code: touch=0.001]
     reward_weight: float = 1.0  # of log p(r | z) [Eq. (17): 1]
     free_nats: float = 3.0  # of the KL.  Dev. D19 [Eq. (17): 0; code: 3]
     fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6 [Eq. (17): 1; code: 0]
@@ -152,23 +153,25 @@ SMALL: dict = dict(
     capacity=250_000, eval_every=20_000, d_h=128, d_f=128, hidden=128, units=128, channels=8, batch_size=16,
     batch_length=25, discount=0.98, model_lr=1e-3, actor_lr=1e-4, critic_lr=2e-4, reward_weight=10.0, initial_std=2.0,
 )  # fmt: skip
-# For environments of others, whose rewards have any size: the prior always has a gradient, and the actor is slow.
-# With SMALL's rates and nats, actors of Pendulum-v1 and Hopper-v5 saturate and learn nothing.
+# For other people's environments: with SMALL's rates and nats, actors of Pendulum-v1 and Hopper-v5 saturate.
 OWN = SMALL | dict(prefill=5_000, prefill_hold=0, free_nats=0.5, initial_std=1.0, actor_lr=2e-5, critic_lr=1e-3)
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
 
-LARGEST = {  # of whole numbers, each at least 1: larger ones could only fail for want of memory or disk
-    **dict.fromkeys("d_h d_c d_f hidden units channels batch_size batch_length".split(), 2**16),
-    **dict.fromkeys("num_envs eval_episodes horizon".split(), 2**10),
-    **dict.fromkeys("steps capacity log_every eval_every".split(), 10**10),
-}
 POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
-NOT_NEGATIVE = ("seed prefill prefill_hold first_updates updates_per_1000 model_updates exploration mpc_rate "
-                "mpc_iterations fused_kl_scale reward_weight free_nats").split()  # fmt: skip
+RANGES = {  # larger sizes could only fail for want of memory or disk
+    "d_h d_c d_f hidden units channels batch_size batch_length": (1, 2**16), "num_envs eval_episodes": (1, 2**10),
+    "horizon": (2, 2**10), "steps capacity log_every eval_every": (1, 10**10), "discount return_lambda": (0, 1),
+    "seed prefill prefill_hold first_updates updates_per_1000 model_updates exploration mpc_rate mpc_iterations "
+    "fused_kl_scale reward_weight free_nats": (0, 2**63 - 1),
+}  # fmt: skip
 CHOICES: dict[str, list] = {
     "preset": ["paper", "small"], "method": list(METHODS),
     "precision": ["auto", "float32", "bfloat16"], "act_by": ["mode", "sample"],
     "continuation": ["auto", "on", "off"], "standardise": ["auto", "on", "off"], "expert_power": [1, 2],
+}  # fmt: skip
+READ_BY = {  # the methods that read an option, where not all do
+    **dict.fromkeys("d_f sample_s_f prior_if_unobserved expert_power fused_kl_scale".split(), "mummi mummi_b mssm_e"),
+    **dict.fromkeys("absent_logit over_present".split(), "mummi mummi_b cvrl"), "weights": "mummi",
 }  # fmt: skip
 MAY_CHANGE = "resume device deterministic fast steps log_every eval_every backgrounds act_by".split()  # on --resume
 # Runs that differ in more than these are not the same experiment.
@@ -186,10 +189,8 @@ def parse(arguments, description=""):
     Raises ValueError where `check` does.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default=Config.task)
-    first.add_argument("--resume", default="")
-    first.add_argument("--device", default="auto")
-    first.add_argument("--preset", default="auto")
+    for option, default in {"task": Config.task, "resume": "", "device": "auto", "preset": "auto"}.items():
+        first.add_argument(f"--{option}", default=default)
     known = first.parse_known_args(arguments)[0]
     if known.resume:
         default = replace(load_config(known.resume), resume=known.resume)
@@ -199,9 +200,11 @@ def parse(arguments, description=""):
     if config.preset == "auto":
         config.preset = default.preset
     for field in fields(Config):
-        was, given = getattr(default, field.name), getattr(config, field.name)
-        if known.resume and field.name not in MAY_CHANGE and was != given:
-            option = "--" + field.name.replace("_", "-")
+        name, option = field.name, "--" + field.name.replace("_", "-")
+        was, given = getattr(default, name), getattr(config, name)
+        if was != given and config.method not in READ_BY.get(name, config.method).split():
+            print(f"{option} changes nothing: {config.method} does not read it", file=sys.stderr)
+        if known.resume and name not in MAY_CHANGE and was != given:
             raise ValueError(f"{known.resume} was trained with {option} {was}, not {given}: leave {option} out, "
                              "or start a new run")  # fmt: skip
     check(config)
@@ -257,8 +260,6 @@ def make_config(values, source):
     kinds = {field.name: field.type for field in fields(Config)}
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds no configuration")
-    if "touch_weight" in values or "cuda_graphs" in values:
-        raise ValueError(f"{source} is of an older version of this code: use the version that wrote it (git checkout)")
     unknown = [name for name in values if name not in kinds]
     if unknown:
         raise ValueError(f"{source} has {unknown[0]!r}, which this version does not know: use the one that wrote it")
@@ -284,20 +285,15 @@ def check(config):
         value = getattr(config, field.name)
         if field.type is float and field.name != "absent_logit" and not math.isfinite(value):
             refuse(field.name, "a number")
-    for name, largest in LARGEST.items():
-        if not 1 <= getattr(config, name) <= largest:
-            refuse(name, f"1 to {largest}")
-    if config.horizon == 1:
-        refuse("horizon", "2 or more: the last imagined state only ends the return")
+    for names, (least, most) in RANGES.items():
+        for name in names.split():
+            if not least <= getattr(config, name) <= most:
+                refuse(name, f"{least} to {most}")
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             refuse(name, "more than 0")
-    for name in NOT_NEGATIVE:
-        if not 0 <= getattr(config, name) < 2**63:
-            refuse(name, "0 or more")
-    for name in ("discount", "return_lambda"):
-        if not 0 <= getattr(config, name) <= 1:
-            refuse(name, "0 to 1")
+    if config.steps < config.prefill:
+        refuse("steps", f"at least --prefill {config.prefill}: nothing is learnt before")
     if not config.absent_logit < math.inf:
         refuse("absent_logit", "a number or -inf")
     for name, choices in CHOICES.items():
@@ -308,15 +304,17 @@ def check(config):
     if not re.fullmatch(r"[\w.+-]{0,100}", config.name) or config.name.startswith("."):
         refuse("name", "at most 100 letters, digits, and _ . + -")
     env = environments.make_env(config.task, **sensing(config))  # raises ValueError for what else there is to sense
-    sensors, steps = [name for name in env.observation_space if name != "present"], env.episode_steps or 10**9
+    sensors, steps = [name for name in env.observation_space if name != "present"], env.episode_steps
     env.close()
+    if not steps:
+        refuse("task", """one with a time limit: --task-kwargs '{"max_episode_steps": 1000}' gives it one""")
     for pair in set(config.weights) - set(Config.weights):
         name, _, value = pair.rpartition("=")
         if name not in sensors or not re.fullmatch(r"\d*\.?\d+([eE]-?\d+)?", value):
             refuse("weights", f"a sensor and a number, like {sensors[0]}=0.1; sensors are {', '.join(sensors)}")
     if config.batch_length > steps + 1:
         refuse("batch_length", f"at most {steps + 1}, an episode of {config.task}")
-    if config.capacity < steps + 1 < 10**9:
+    if config.capacity < steps + 1:
         refuse("capacity", f"at least {steps + 1}, an episode of {config.task}")
     choose_device(config.device)
     folder = run_folder(config)
@@ -374,4 +372,5 @@ def check_comparable(configs, label=()):
 
 def run_folder(config):
     """runs/<name>, by default runs/<task>-<method>-<seed>."""
-    return Path(config.resume or Path("runs") / (config.name or f"{config.task}-{config.method}-{config.seed}"))
+    name = config.name or f"{config.task}-{config.method}-{config.seed}".replace("/", "-")
+    return Path(config.resume or Path("runs") / name)

@@ -20,6 +20,7 @@ import errno
 import itertools
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import threading
@@ -44,7 +45,7 @@ DEPTH = Box(0, MAX_DEPTH, (SIZE, SIZE, 1), np.float32)
 MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # OpenGL without a GPU, on Debian and Ubuntu
 MAX_SEGMENT = 14  # decisions, the longest missing segment  [code] config
 BLOCK = 1000  # decisions for which missing data are drawn at a time where episodes have no time limit
-RESERVED = ("present", "action", "reward", "continues", "serial", "rendered")  # what is kept beside the sensors
+RESERVED = "present action reward continues serial rendered lying trusted suspicion".split()  # kept beside the sensors
 
 SUITE = {  # task: domain, task, size of the action, number of touch sensors
     "finger_spin": ("finger", "spin", 2, 2),
@@ -141,8 +142,9 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
             raise ValueError(f"missing_rate is {missing_rate}; choose one in [0, 1)")
         if missing_process == "released" and missing_rate not in RELEASED_START:
             raise ValueError(f"missing_rate is {missing_rate}; the released process has 0, 0.375, 0.75")
-        for name in set(self.sensors) & set(RESERVED):
-            raise ValueError(f"a sensor is named {name!r}, as something else that is kept is; rename the sensor")
+        for name in self.sensors:
+            if name in RESERVED or not re.fullmatch(r"[^/=,]+", name):
+                raise ValueError(f"a sensor is named {name!r}; rename it: {', '.join(RESERVED)} and / = , are taken")
         if not set(remove) < set(self.sensors):
             raise ValueError(f"remove is {remove}; choose some of {', '.join(self.sensors)}, not all")
         self.missing_rate, self.missing_process = missing_rate, missing_process
@@ -196,10 +198,10 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         return [name for name, missing in zip(self.sensors, self.missing[self.t]) if not missing]
 
     def observe(self, readings):
-        """The readings of the sensors that work, zeros for the others, and `present`."""
+        """The readings of the sensors that work and are finite, zeros for the others, and `present`."""
         zeros = {name: np.zeros(space.shape, space.dtype) for name, space in self.sensors.items()}
-        seen = {name: readings[name] for name in self.working()}
-        return zeros | seen | {"present": (~self.missing[self.t]).astype(np.int8)}
+        seen = {name: readings[name] for name in self.working() if np.isfinite(readings[name]).all()}
+        return zeros | seen | {"present": np.array([name in seen for name in self.sensors], np.int8)}
 
 
 class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
@@ -289,10 +291,8 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
             return box.low + span * self.rng.random(x.shape) if box.is_bounded() else x + self.rng.normal(0, span)
         if fault == "other":
             return self.others[name]
-        if fault == "frozen":
-            return self.good[name][-1]
-        if fault == "delayed":
-            return self.good[name][0]
+        if fault in ("frozen", "delayed"):
+            return self.good[name][-1 if fault == "frozen" else 0]
         if fault == "bias" and x.ndim == 1:
             return np.clip(x + np.sign(np.resize(manner, len(x))) * span / 4, box.low, box.high)
         if fault == "bias":

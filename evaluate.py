@@ -29,7 +29,7 @@ import tyro
 
 import envs as environments
 import wiping
-from checkpoint import fail, load_checkpoint, only_runs, say
+from checkpoint import check_backgrounds, fail, load_checkpoint, only_runs, say
 from config import check_comparable, make_config, sensing
 from envs import seeds
 from fast import restart_with_quiet_threads
@@ -186,8 +186,7 @@ def evaluate_condition(config, agent, options, kept, rate, faults, trust):
     """Returns (episodes,) of one condition, and what was seen, a list of steps for each ten episodes."""
     episode_seeds, returns, seen = seeds(options.seed, count=options.episodes), np.empty(0), []
     shared = sensing(config) | {"missing_rate": RATES[rate], "missing_process": options.missing_process}
-    if options.backgrounds:
-        shared["backgrounds"] = options.backgrounds
+    shared |= {"backgrounds": options.backgrounds} if options.backgrounds else {}
     while len(returns) < options.episodes:  # ten at a time: each has a process of its own
         ten = episode_seeds[len(returns) :][:10]
         envs = environments.make_vector_env(
@@ -274,8 +273,9 @@ def matching_rank(mean_a, mean_b):
     return float((distance <= distance.diagonal().unsqueeze(1)).sum(1).median())
 
 
-def reference_returns(task, episodes, seed, task_kwargs=None):
-    """Returns of the random and, where there is one, of the scripted policy, episodes each."""
+def reference_returns(config, episodes, seed):
+    """Returns of the random and, where there is one, of the scripted policy on a run's task, episodes each."""
+    task, task_kwargs = config.task, sensing(config).get("task_kwargs")
     policies = {"random": lambda env, info, rng: rng.uniform(-1, 1, env.action_space.shape)}
     if task in environments.TOY:
         policies["scripted"] = lambda env, info, rng: environments.scripted_toy_action(info["position"])
@@ -448,6 +448,8 @@ def main(options):
     records = []
     for folder, config in configs.items():
         state = checkpoints[folder]
+        if not options.backgrounds and not Path(folder).is_file():
+            check_backgrounds(folder, config.backgrounds)
         space = {name: SimpleNamespace(shape=tuple(shape)) for name, shape in state["modalities"].items()}
         agent = make_agent(replace(config, device=options.device), space, state["action_size"])
         agent.load_state_dict(state["agent"])
@@ -457,10 +459,7 @@ def main(options):
         for record in evaluate_run(folder, config, agent, state["steps"], options, usual):
             records.append(record | {"parameters": parameters, "label": ", ".join(labels[folder])})
     tasks = {config.task: config for config in configs.values()} if options.references else {}
-    references = {
-        task: reference_returns(task, options.episodes, options.seed, sensing(config).get("task_kwargs"))
-        for task, config in tasks.items()
-    }
+    references = {task: reference_returns(config, options.episodes, options.seed) for task, config in tasks.items()}
 
     table = markdown(pool(records), references) + detection_markdown(records) + calibration_markdown(records)
     path.with_name(path.name + ".md").write_text(table)
@@ -468,10 +467,10 @@ def main(options):
     path.with_name(path.name + ".json").write_text(json.dumps(report, indent=1) + "\n")
     with open(path.with_name(path.name + ".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("task method seed steps sensors missing mean std episodes".split())
+        writer.writerow("task method seed label steps sensors missing fault trust mean std episodes".split())
         for r in records:
             returns = np.array(r["returns"])
-            row = [r["task"], r["method"], r["seed"], r["steps"], r["sensors"], r["missing"]]
+            row = [r[key] for key in "task method seed label steps sensors missing fault trust".split()]
             writer.writerow([*row, round(returns.mean(), 2), round(returns.std(), 2), len(returns)])
     say(table.rstrip("\n"))
     films, runs = f" and films {path}-*.mp4" * options.video, " ".join(options.runs)

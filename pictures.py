@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from mssm import MAX_DEPTH, MIN_STD
 from mummi_loss import info_nce, log_density_ratio, log_inner_product, mutual_information
 from checkpoint import write_file
+from envs import RESERVED
 
-NO_SENSOR = ("present", "action", "reward", "rendered", "lying", "trusted", "suspicion")
 SIDE = 192  # pixels, of a panel of a film
 LABEL = 24  # pixels, height of the line above a panel
 STRIP = 16  # pixels, height of the line below bars
@@ -121,7 +121,7 @@ def first_episode(seen):
 
 def sensors(seen):
     """Names of the modalities, in the order of `present`."""
-    return [name for name in seen[0] if name not in NO_SENSOR]
+    return [name for name in seen[0] if name not in RESERVED]
 
 
 # ---- 2. Videos -----------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
 
     Above each prediction is what the sensor gave. The actions are those that were executed.
     """
-    observation, present, action = episode(model, seen)
+    (observation, present, action), given = episode(model, seen), min(given, len(seen))
     filtered = model.observe({k: x[:given] for k, x in observation.items()}, present[:given], action[:given])
     state = type(model.initial_state(1))(filtered.h[-1], filtered.s_c[-1])
     latents = list(model.latent(filtered.h, filtered.s_c))
@@ -276,7 +276,7 @@ def calibration_picture(model, seen):
     above.set_title("how sure each expert is: lower is surer; gaps where its sensor is missing")
     above.legend(loc="upper right", ncols=min(len(share) + 1, 6))
     title = "whom the product of experts listens to; white where nothing is present"
-    below.set(ylabel="share of the precision", ylim=(0, 1), xlim=(0, len(seen) - 1), xlabel="decision", title=title)
+    below.set(ylabel="share of the precision", ylim=(0, 1), xlim=(0, len(seen)), xlabel="decision", title=title)
     return to_array(figure)
 
 

@@ -75,7 +75,7 @@ class Column:
 
 
 class Replay:
-    """A ring of `capacity` rows in `folder`; an existing folder is continued, not overwritten.
+    """A ring of `capacity` rows in `folder`; overwrites an existing folder's rows, unless `load_state_dict` is called.
 
     fields    {key: (shape, dtype)} of one row
     spare     rows that stay readable after they made room; an existing folder keeps its own number
@@ -105,11 +105,14 @@ class Replay:
         return sum(rows for _, rows, _ in self.episodes)
 
     def add(self, episode):
-        """Append one episode, {key: (L, ...)}. Raises ValueError if L is more than the capacity.
-
-        Raises OSError if the disk is full; the replay does not hold the episode then.
+        """Append one episode, {key: (L, ...)}. Raises ValueError where a shape or type is not that of the fields, and
+        if L is more than the capacity; OSError if the disk is full; the replay does not hold the episode then.
         """
         rows = len(next(iter(episode.values())))
+        for key, column in self.columns.items():
+            x = np.asarray(episode[key])
+            if x.shape != (rows, *column.shape) or not np.can_cast(x.dtype, column.dtype, "same_kind"):
+                raise ValueError(f"{key} is {x.dtype} {x.shape}: give {column.dtype} {(rows, *column.shape)}")
         if rows > self.capacity:
             raise ValueError(f"an episode of {rows} steps does not fit a replay of {self.capacity}: enlarge it")
         first = self.cursor if self.cursor + rows <= self.rows else 0
@@ -173,7 +176,7 @@ class Replay:
         starts = np.array([start for start, _, _ in self.episodes])
         windows = np.array([max(0, rows - length + 1) for _, rows, _ in self.episodes]).cumsum()
         if not len(windows) or windows[-1] == 0:
-            raise ValueError(f"no episode in the replay has {length} steps: collect more or shorten the sequences")
+            raise ValueError(f"no episode in the replay has {length} steps: collect more, or shorten --batch-length")
         drawn = rng.integers(windows[-1], size=batch_size)
         episode = np.searchsorted(windows, drawn, side="right")
         return starts[episode] + drawn - np.concatenate([[0], windows])[episode]

@@ -54,9 +54,9 @@ def updates_due(config, steps):
 
 def spare_rows(config, envs):
     """How many rows the replay keeps beyond its capacity: those written in the time of two checkpoints."""
-    length, repeat = envs.get_attr("episode_steps")[0] or 1000, envs.get_attr("action_repeat")[0]
+    length, repeat, ends = (envs.get_attr(x)[0] for x in ("episode_steps", "action_repeat", "can_terminate"))
     episodes = config.eval_every // (repeat * length) + 2 * config.num_envs
-    return min(2 * episodes * (length + 1), config.capacity)
+    return min(2 * episodes * (length + ROUND * ends + 1), config.capacity)
 
 
 def random_action(config, rng, action, first, t):
@@ -77,7 +77,8 @@ def standardise(model, replay):
         if len(shape) == 1 and present[:, m].any():
             seen = replay.rows_of(name)[present[:, m]].astype(np.float64)
             getattr(model, f"mean_{m}").copy_(torch.tensor(seen.mean(0)))
-            getattr(model, f"std_{m}").copy_(torch.tensor(seen.std(0).clip(1e-3)))
+            std = seen.std(0)  # what stood still in the random phase may move yet: it is left as it is
+            getattr(model, f"std_{m}").copy_(torch.tensor(np.where(std < 1e-6, 1, std.clip(1e-3))))
 
 
 # ---- 2. The loop ---------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def learn(agent, batches, config, log, progress, check):
 def collect(config, agent, envs, batches, log, progress, check):
     """Collect an episode in every environment, and make all updates that are due by then.
 
-    Where episodes differ in length, environments go on for ROUND decisions, and to the end of an episode.
+    Where episodes differ in length, environments go on for ROUND decisions, and each to the end of an episode.
 
     check    called after every decision and update: it may raise; progress and replay are up to date then
     """
@@ -119,7 +120,7 @@ def collect(config, agent, envs, batches, log, progress, check):
     observation, _ = envs.reset(seed=seeds(config.seed, progress.steps, count=config.num_envs))
     memory, first = agent.initial_memory(config.num_envs), np.ones(config.num_envs, bool)
     action, reward = np.zeros(envs.action_space.shape, np.float32), np.zeros(config.num_envs)
-    done = terminated = ~first
+    done = terminated = over = ~first
     replay.begin(config.num_envs)
     for t in count():
         if done.any():
@@ -129,7 +130,8 @@ def collect(config, agent, envs, batches, log, progress, check):
             step["continues"] = 1.0 - terminated
         for episode in replay.record(step, done):
             log.write(progress.steps, {"train_return": float(episode["reward"].sum())})
-        if done.all() or (done.any() and t >= ROUND):
+        over = over | (done & (t >= ROUND))
+        if done.all() or over.all():
             replay.cut(config.batch_length)  # episodes that are still under way
             learn(agent, batches, config, log, progress, check)  # what the last step has asked for
             return batches.drop()
@@ -199,7 +201,7 @@ def main(config):
             create_folder(folder, config)
 
         with closing(Log(folder, config.steps)) as log, StopSignals(folder) as stop:
-            check_backgrounds(folder, config.backgrounds)
+            check_backgrounds(folder, config.backgrounds, new=not config.resume)
             write_config(folder, config)
             fields = replay_fields(space, action_size, config.continuation == "on")
             replay = Replay(folder / "replay", fields, config.capacity, spare_rows(config, envs))

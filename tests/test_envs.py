@@ -246,7 +246,7 @@ def test_other_actions_are_refused(space):
     assert "bounded Box of floats" in refused(Arm(action=space))
 
 
-@pytest.mark.parametrize("name", envs.RESERVED)
+@pytest.mark.parametrize("name", [*envs.RESERVED, "front/range", "a=b", "a,b"])
 def test_names_that_the_replay_keeps_are_refused(name):
     assert repr(name) in refused(Arm(sensors=Dict({"fine": Box(0, 1, (2,)), name: Box(0, 1, (2,))})))
 
@@ -274,6 +274,25 @@ def test_missing_data_go_on_where_episodes_have_no_limit():
     assert (env.episode_steps, env.action_repeat, env.can_terminate) == (None, 1, True)
     assert env.missing.shape == (3000, 1) and present == (~env.missing[1:2501, 0]).tolist()
     assert (env.missing.reshape(3, 1000).sum(1) == 750).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite_is_missing(value):
+    """As in `methods.Player`; the schedule of missing data stays as it was."""
+
+    class Faulty(Arm):
+        def step(self, action):
+            observation, *rest = super().step(action)
+            observation["near"][1] = value if self.t % 3 == 0 else 0.5
+            return observation, *rest
+
+    sensors = Dict({"far": Box(0, 1, (2,)), "near": Box(-np.inf, np.inf, (2,))})
+    env = envs.MissingSensors(Faulty(lambda rng: 99, sensors), missing_rate=0)
+    env.reset()
+    for t in range(1, 10):
+        observation = env.step(np.zeros(3))[0]
+        assert observation["present"].tolist() == [1, t % 3 > 0] and not env.missing[t].any()
+        assert np.isfinite(observation["near"]).all() and (observation["near"] != 0).any() == (t % 3 > 0)
 
 
 def test_an_environment_may_tell_its_attributes():

@@ -329,6 +329,12 @@ def test_every_method_has_its_pictures_and_looking_changes_nothing(method, preci
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["dreamer", "mssm_e", "mummi"])
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_episodes_may_be_short(seen, steps, method):
+    assert len(pictures.of_evaluation(tiny_agent(method).model, seen[:steps], method)) >= 2
+
+
 @torch.no_grad()
 def test_imagination_does_not_see_what_comes_later(seen):
     """Predictions are of the first decisions and of the actions alone."""

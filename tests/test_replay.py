@@ -52,6 +52,19 @@ def test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged(tmp_pat
     assert len(set(batch["episode"][0])) > 1
 
 
+@pytest.mark.parametrize("key, wrong", [
+    ("rgb", np.zeros((20, 3, 4, 4), np.uint8)), ("rgb", np.zeros((20, 4, 4, 3), np.float32)),
+    ("action", np.zeros((19, 2), np.float32)), ("action", np.zeros((25, 2), np.float32)), ("step", np.zeros(20)),
+], ids=["channels first", "floats", "a row short", "rows too many", "floats for whole numbers"])  # fmt: skip
+def test_episodes_of_another_shape_or_type_are_refused_and_change_nothing(tmp_path, key, wrong):
+    replay = filled(tmp_path, [20, 20])
+    with pytest.raises(ValueError, match=f"{key} is {wrong.dtype}.*: give {np.dtype(FIELDS[key][1])}"):
+        replay.add(episode(2, 20) | {key: wrong})
+    assert len(replay) == 40 and (replay.rows_of("episode") == np.repeat([0, 1], 20)).all()
+    replay.add(episode(2, 20) | {"action": np.zeros((20, 2))})  # double precision is another writing of the same
+    assert len(replay) == 60
+
+
 def test_every_window_is_as_likely_as_any_other(tmp_path):
     """Chi-square of 20,000 draws over all windows of episodes of unequal length."""
     lengths, length, draws = [7, 30, 4, 12, 5], 5, 20_000

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,25 @@ ROOT = Path(__file__).parent.parent
 SMALL = ("--task toy --device cpu --num-envs 2 --eval-episodes 2 --prefill 200 --first-updates 3 --updates-per-1000 20 "
          "--eval-every 200 --log-every 2 --batch-size 3 --batch-length 6 --horizon 3 --channels 1 --units 8 --hidden 8 "
          "--d-h 8 --d-c 4 --d-f 8 --capacity 2000").split()  # fmt: skip
+
+
+class Flips(gymnasium.Env):
+    """Episodes of 1 to 300 decisions, with a reward of 1 each; the second number never moves."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 300))
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.float32([self.np_random.uniform(-1, 1), 0]), 1.0, self.left <= 0, False, {}
+
+
+gymnasium.register("Endless-v0", Flips)
+gymnasium.register("Flips-v0", Flips, max_episode_steps=1000)
 
 
 def run(*options):
@@ -149,6 +169,35 @@ def test_vectors_are_standardised_by_the_random_phase(tmp_path, monkeypatch):
     assert parse(["--task", "Hopper-v5"]).continuation == "on" and parse(["--task", "toy"]).continuation == "off"
 
 
+def test_what_stood_still_in_the_random_phase_may_move_later():
+    seen = np.stack([np.linspace(0, 1, 50), np.full(50, 0.3), np.linspace(0, 1e-4, 50)], -1)
+    model = MSSM({"joints": (3,)}, 1)
+    columns = {"joints": seen.astype(np.float32), "present": np.ones((50, 1), np.int8)}
+    train.standardise(model, SimpleNamespace(rows_of=columns.get))
+    assert model.std_0[0] == pytest.approx(seen[:, 0].std()) and model.std_0[1:].tolist() == pytest.approx([1, 1e-3])
+
+
+def test_returns_in_training_are_those_of_whole_episodes_of_any_length(tmp_path, monkeypatch):
+    """Were a round to end with the first episode that ends, long ones would be cut, and the mean too low."""
+    monkeypatch.chdir(tmp_path)
+    small = SMALL[2:]  # without the task
+    train.main(parse([*small, "--task", "test_train:Flips-v0", "--steps", "12000", "--prefill", "12000", "--eval-every", "12000",
+                      "--num-envs", "4", "--capacity", "20000", "--name", "flips"]))  # fmt: skip
+    returns = [x["train_return"] for x in lines(Path("runs/flips")) if "train_return" in x]
+    assert len(returns) > 50 and max(returns) > 250
+    assert np.mean(returns) == pytest.approx(150, abs=4 * 86 / len(returns) ** 0.5)
+
+
+def test_options_that_a_method_does_not_read_are_told(capsys):
+    for method, option, told in (
+        ("mummi_b", ["--weights", "camera=2"], True), ("mummi", ["--weights", "camera=2"], False),
+        ("cvrl", ["--d-f", "16"], True), ("mssm_e", ["--d-f", "16"], False), ("dreamer", ["--no-over-present"], True),
+        ("cvrl", ["--no-over-present"], False), ("dreamer", [], False), ("cvrl", ["--horizon", "5"], False),
+    ):  # fmt: skip
+        parse(["--task", "toy", "--method", method, "--name", "told", *option])
+        assert capsys.readouterr().err == (f"{option[0].replace('no-', '')} changes nothing: {method} does not read it\n" if told else "")
+
+
 def test_another_seed_gives_another_run(folder):
     run("--steps", "200", "--name", "other", "--seed", "2")
     first, other = (runs.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
@@ -255,6 +304,8 @@ BAD = {
     "run folder exists": ["--name", "taken"],
     "no run to resume": ["--resume", "runs/nothing"],
     "another task's checkpoint": ["--resume", "runs/trained", "--task", "walker_walk"],
+    "no time limit": ["--task", "test_train:Endless-v0"],
+    "nothing to learn from": ["--task", "toy", "--steps", "500"],
     "no such device": ["--device", "cuda"],
     "unknown device": ["--device", "tpu"],
 }  # fmt: skip
@@ -334,10 +385,29 @@ def test_a_run_may_move_with_its_backgrounds_but_not_to_others(tmp_path, monkeyp
     train.main(parse([*small, "--steps", "1000", "--backgrounds", "here.npy"]))
     with pytest.raises(ValueError, match="other clips"):
         train.main(parse(["--resume", "runs/moved", "--steps", "2000", "--backgrounds", "others.npy"]))
+    with pytest.raises(ValueError, match="other clips"):
+        train.main(parse(["--resume", "runs/moved", "--steps", "2000", "--backgrounds", "procedural"]))
+    np.save("here.npy", np.full((4, 30, 64, 64, 3), 50, np.uint8))  # one more: others would be held out
+    with pytest.raises(ValueError, match="other clips"):
+        evaluate.main(evaluate.Options(runs=("runs/moved",), episodes=1))
     Path("here.npy").unlink()
     train.main(parse(["--resume", "runs/moved", "--steps", "2000", "--backgrounds", "there.npy"]))
     assert runs.load_checkpoint("runs/moved")["steps"] == 2000
     assert runs.load_checkpoint("runs/moved")["config"]["backgrounds"] == "there.npy"
+
+
+def test_a_run_on_procedural_scenes_does_not_go_on_with_videos(folder):
+    np.save("clips.npy", np.zeros((3, 30, 64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="other clips"):
+        runs.check_backgrounds(folder, "clips.npy")
+    runs.check_backgrounds(folder, "procedural")
+
+
+def test_a_new_run_never_touches_another(tmp_path):
+    for name in ("a.tmp", "a"):
+        runs.create_folder(tmp_path / name, Config(name=name))
+    assert [json.loads((tmp_path / n / "config.json").read_text())["name"] for n in ("a.tmp", "a")] == ["a.tmp", "a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.tmp"]
 
 
 def test_the_reward_error_is_the_whole_error_over_the_whole_variance(tmp_path):
@@ -401,7 +471,7 @@ def test_the_rank_of_the_matching_step():
 
 
 def test_the_references_of_the_toy_world():
-    returns = evaluate.reference_returns("toy", 10, seed=0)
+    returns = evaluate.reference_returns(Config(task="toy"), 10, seed=0)
     assert np.mean(returns["random"]) < 0.35 * np.mean(returns["scripted"])
     assert np.mean(returns["scripted"]) > 85
 
