@@ -189,8 +189,8 @@ def parse(arguments, description=""):
     Raises ValueError where `check` does.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option, default in {"task": Config.task, "resume": "", "device": "auto", "preset": "auto"}.items():
-        first.add_argument(f"--{option}", default=default)
+    for option, value in {"task": Config.task, "resume": "", "device": "auto", "preset": "auto"}.items():
+        first.add_argument(f"--{option}", default=value)
     known = first.parse_known_args(arguments)[0]
     if known.resume:
         default = replace(load_config(known.resume), resume=known.resume)

@@ -228,9 +228,9 @@ def present_rows(networks, present):
     if present.device.type == "cpu":
         for network, here in zip(networks, present.reshape(-1, present.shape[-1]).unbind(-1)):
             unit = -(-len(here) // 16)
-            count = min(len(here), unit * max(1, -(-int(here.sum()) // unit)))
-            first = here.int().argsort(descending=True, stable=True)[:count] if count < len(here) else None
-            rows[network] = first, len(here)
+            count = unit * max(1, -(-int(here.sum()) // unit))
+            if count < len(here):
+                rows[network] = here.int().argsort(descending=True, stable=True)[:count], len(here)
     token = PRESENT.set(rows)
     try:
         yield
@@ -242,10 +242,10 @@ class PresentRows(nn.Sequential):
     """A network that gives zeros for the rows that `present_rows` leaves out. Nothing reads them."""
 
     def forward(self, x):
-        flat = x.movedim(1, -1) if x.ndim == 4 else x.flatten(0, -2)  # (N, 64, 64, C), as in memory, or (N, D)
         rows, of = PRESENT.get().get(self, (None, 0))
-        if rows is None or of != len(flat):  # other rows than those of the batch are all computed
+        if rows is None or of != (len(x) if x.ndim == 4 else x.shape[:-1].numel()):  # or other rows than the batch's
             return super().forward(x)
+        flat = x.movedim(1, -1) if x.ndim == 4 else x.flatten(0, -2)  # (N, 64, 64, C), as in memory, or (N, D)
         y = super().forward(flat.index_select(0, rows).movedim(-1, 1)).movedim(1, -1)
         y = y.new_zeros(len(flat), *y.shape[1:]).index_copy(0, rows, y).movedim(-1, 1)
         return y if x.ndim == 4 else y.unflatten(0, x.shape[:-1])

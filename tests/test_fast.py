@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import A, B, D_C, D_H, M, T, close, observe, random_batch, take_the_mean, tiny_agent, tiny_model
+from conftest import A, B, D_C, D_H, D_X, M, T, close, observe, random_batch, take_the_mean, tiny_agent, tiny_model
 from test_shapes import FUNCTIONS, parse
 
 import fast
@@ -381,6 +381,24 @@ def test_decoders_compute_only_what_is_present(method):
     assert rows == batch["present"].flatten(0, 1).sum(0).tolist() and max(rows) < 5 * B
     agent.model.decode(torch.zeros(7, D_C + D_H))  # outside of an update: everything
     assert rows[-M:] == M * [7]
+
+
+@pytest.mark.parametrize("rows", [2, T * B, 2 * T * B])
+def test_rows_that_are_not_the_batchs_are_all_computed(rows):
+    """Those of the batch are zeros where absent, as FastMSSM says."""
+    quick, latent, present = tiny_agent("mssm_e").model, torch.randn(rows, D_C + D_H), torch.rand(T, B, M) < 0.5
+    with fast.present_rows(quick.decoders, present):
+        inside = quick.decode(latent)
+    outside, here = quick.decode(latent), present.flatten(0, 1)
+    for m, name in enumerate(quick.modalities):
+        shown = here[:, m] if rows == T * B else torch.ones(rows).bool()
+        close(inside[name][shown], outside[name][shown])
+
+
+def test_a_step_without_batch_axes_is_fused_as_by_an_mssm():
+    quick, present = tiny_agent("mummi").model, torch.tensor([True, False, True])
+    features = [torch.randn(D_X) for _ in range(M)]
+    close(quick.fuse(features, present).mean, quick.fuse([x[None] for x in features], present[None]).mean[0])
 
 
 def test_there_are_at_most_16_numbers_of_rows(monkeypatch):

@@ -30,10 +30,9 @@ class Options:
 
 def main(options):
     """Draw and write the figure. Raises ValueError where the file holds no detection of that method."""
-    records = json.loads(options.evaluation.read_text())["records"]
     grid = np.linspace(0, 1, 201)  # shares of honest readings
     curves: dict = defaultdict(lambda: defaultdict(list))
-    for record in records:
+    for record in json.loads(options.evaluation.read_text())["records"]:
         if record["method"] == options.method and record.get("fault"):
             faults = dict(pair.split("=") for pair in record["fault"].split(","))
             for name, found in record.get("detection", {}).items():
