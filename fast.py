@@ -441,8 +441,8 @@ class FastAgent(Agent):
             for generator in torch.cuda.default_generators:  # a capture that broke off may hold them
                 generator.graphsafe_set_state(generator.clone_state())
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            warnings.warn(f"{name} could not be compiled or captured on this GPU, and runs without, from an update "
-                          f"begun anew on: slower ({cause})", stacklevel=2)  # fmt: skip
+            warnings.warn(f"{name} could not be compiled or captured on this GPU: it starts over and goes on "
+                          f"without, more slowly ({cause})", stacklevel=2)  # fmt: skip
             return method(*inputs, **options)
 
     def load_state_dict(self, state):
