@@ -258,20 +258,14 @@ class Log:
         means = {name: float(torch.stack(values).mean()) for name, values in self.pending.items()}
         if all(math.isfinite(value) for name, value in means.items() if name.endswith(("_loss", "_norm"))):
             return means
-        age, names = self.first_fault() or (0, ["their sum"])
+        faults = [(age, name) for name, values in self.pending.items()
+                  for age, x in enumerate(reversed(values)) if not math.isfinite(x)]  # fmt: skip
+        first = max((age for age, _ in faults), default=0)
+        names = [name for age, name in faults if age == first] or ["their sum"]
         torch.save(self.batch, self.folder / "batch.pt")
-        raise Fault(f"not finite, {age} updates ago: {', '.join(names)}; the batch of the last update is in "
+        raise Fault(f"not finite, {first} updates ago: {', '.join(names)}; the batch of the last update is in "
                     f"{self.folder}/batch.pt; --resume goes on from the checkpoint, with --log-every 1 it stops "
                     "at the very batch")  # fmt: skip
-
-    def first_fault(self):
-        """How many updates ago something was first not finite, and its names; None if only a sum is not."""
-        count = len(next(iter(self.pending.values())))
-        for i in range(count):
-            names = [name for name, values in self.pending.items() if not math.isfinite(values[i])]
-            if names:
-                return count - 1 - i, names
-        return None
 
     def write(self, steps, values):
         """One line of {name: int or float} at an environment step."""

@@ -170,14 +170,12 @@ def evaluate_run(folder, config, agent, steps, options, usual=None):
         })  # fmt: skip
         if trusting:
             records[-1]["detection"] = {name: detection(seen, sensors.index(name)) for name in faults or kept}
-        if options.calibration and config.method in ("mummi", "mummi_b", "mssm_e") and len(kept) > 1:
+        if options.calibration and agent.model.fusion == "product" and len(kept) > 1:
             records[-1]["calibration"] = calibration(agent, seen[0], kept)
         if options.video:
             path = output_path(options)
-            which = [rate, *records[-1]["fault"].split(",")] if faults else [rate]
-            which += [*(kept if len(kept) < len(sensors) else ()), *(["trust"] if trusting else [])]
-            if len(options.runs) > 1:
-                which.insert(0, Path(folder).name)
+            which = [Path(folder).name, rate] if len(options.runs) > 1 else [rate]
+            which += [*map("=".join, faults.items()), *kept * (len(kept) < len(sensors)), *["trust"] * trusting]
             write_video(path.with_name("-".join([path.name, *which]) + ".mp4"), seen[0])
     return records
 
@@ -415,6 +413,11 @@ def check(options):
         raise ValueError(f"--false-alarms {options.false_alarms}: choose among {', '.join(map(str, FALSE_ALARMS))}")
     if not 0 <= options.fault_rate < 1:
         raise ValueError(f"--fault-rate {options.fault_rate} is not allowed: give a number in [0, 1)")
+    for name, needs in {"fault_rate": "faults", "false_alarms": "trust"}.items():
+        if getattr(options, name) != getattr(Options, name) and not getattr(options, needs):
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing without --{needs}: give both, or neither")
+    if options.video and len({Path(run).name for run in options.runs}) < len(options.runs):
+        raise ValueError("--video: runs of one name would have films of one name: evaluate them one at a time")
     choose_device(options.device)
 
 
@@ -440,6 +443,8 @@ def main(options):
     check(options)
     checkpoints = {folder: load_checkpoint(folder) for folder in options.runs}
     configs = {folder: make_config(state["config"], folder) for folder, state in checkpoints.items()}
+    if (options.trust or options.calibration) and not any(METHODS[c.method][0] == "product" for c in configs.values()):
+        raise ValueError("--trust and --calibration compare experts, which only mummi, mummi_b and mssm_e have")
     labels, path = check_comparable(configs, options.label), output_path(options)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
@@ -463,6 +468,7 @@ def main(options):
 
     table = markdown(pool(records), references) + detection_markdown(records) + calibration_markdown(records)
     path.with_name(path.name + ".md").write_text(table)
+    records = json.loads(json.dumps(records), parse_constant=lambda nan: None)  # which is no JSON
     report = {"options": asdict(options), "records": records, "references": references}
     path.with_name(path.name + ".json").write_text(json.dumps(report, indent=1) + "\n")
     with open(path.with_name(path.name + ".csv"), "w", newline="") as file:

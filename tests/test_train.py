@@ -368,7 +368,9 @@ def test_ablations_have_columns_of_their_own_and_seeds_and_parameters_are_told()
 @pytest.mark.parametrize("options, said", [
     ({}, "no run was given"), ({"runs": ("a",), "rates": ("None", "None")}, "each once"),
     ({"runs": ("a",), "missing_process": "fair"}, "exact or released"), ({"runs": ("a",), "device": "cuda:7"}, "cuda:7"),
-    ({"runs": ("a",), "device": "mps"}, "mps"), ({"runs": ("a",), "device": "gpu"}, "gpu"),
+    ({"runs": ("a",), "fault_rate": 0.2}, "--fault-rate changes nothing without --faults"),
+    ({"runs": ("a",), "false_alarms": 0.05}, "--false-alarms changes nothing without --trust"),
+    ({"runs": ("a/x", "b/x"), "video": True}, "films of one name"), ({"runs": ("a",), "device": "mps"}, "mps"), ({"runs": ("a",), "device": "gpu"}, "gpu"),
 ])  # fmt: skip
 def test_bad_options_of_evaluation_are_known_before_anything_runs(options, said):
     with pytest.raises(ValueError, match=said):
@@ -416,6 +418,17 @@ def test_the_reward_error_is_the_whole_error_over_the_whole_variance(tmp_path):
     for error, variance in ((0.5, 1.0), (0.3, 0.0), (0.1, 0.5)):
         log.add({"reward_square_error": torch.tensor(error), "reward_variance": torch.tensor(variance)}, None)
     assert log.means()["reward_error"] == pytest.approx(0.9 / 1.5)
+    log.close()
+
+
+def test_the_update_that_was_first_not_finite_is_told_though_the_actor_began_later(tmp_path):
+    log = runs.Log(tmp_path, 100)
+    for model, actor in ((1.0, None), (1.0, None), (1.0, 2.0), (math.nan, math.inf), (math.nan, 2.0)):
+        losses = {"model_loss": model} | ({} if actor is None else {"actor_loss": actor})
+        log.add({name: torch.tensor(x) for name, x in losses.items()}, "the batch")
+    with pytest.raises(runs.Fault, match=r"^not finite, 1 updates ago: model_loss, actor_loss;"):
+        log.means()
+    assert torch.load(tmp_path / "batch.pt") == "the batch"
     log.close()
 
 

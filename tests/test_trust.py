@@ -1,6 +1,7 @@
 """Sensors that lie: the wrapper lies exactly as often as asked, and the rule finds lies by what honest readings showed."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -333,6 +334,18 @@ def test_evaluation_tells_what_lies_cost_and_how_they_are_found(run, capsys, mon
     assert "mummi, trust" in table and "ROC area" in table
     assert (run / "evaluation-None-camera=black-trust.mp4").stat().st_size > 1000
     assert "camera=frozen" not in table
+    report = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)  # strict: no NaN
+    honest = next(record for record in report["records"] if record["trust"] and not record["fault"])
+    assert honest["detection"]["camera"]["delay"] is None  # nothing lied
+
+
+@pytest.mark.parametrize("what", ["trust", "calibration"])
+def test_a_run_without_experts_has_nothing_to_trust_or_to_calibrate(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    tiny = "--task toy --method cvrl --steps 400 --prefill 400 --first-updates 1 --eval-episodes 1 --num-envs 1"
+    train.main(parse(tiny.split()))
+    with pytest.raises(ValueError, match="--trust and --calibration compare experts"):
+        evaluate.main(evaluate.Options(runs=("runs/toy-cvrl-1",), **{what: True}))
 
 
 def test_faults_that_are_unknown_are_refused_in_one_line(run):
