@@ -128,8 +128,7 @@ def explain(error):
 
 def fail(program, error):
     """One line on stderr and an exit code for an expected failure; a bug is raised again, with its traceback."""
-    known = explain(error)
-    if known is None:
+    if (known := explain(error)) is None:
         raise error
     advice = "; go on with --resume" if known[1] == 1 and program == "train.py" else ""
     say(f"{program}: {known[0]}{advice}", sys.stderr)
@@ -386,8 +385,7 @@ def restore(folder, agent, replay, rng, log):
         log.load_state_dict({"bytes": 0, "pending": {}}, -1, agent.device)
         return Progress()
     agent.load_state_dict(state["agent"])
-    lost = replay.load_state_dict(state["replay"])
-    if lost:
+    if lost := replay.load_state_dict(state["replay"]):
         say(f"{lost} episodes of {path} are gone: going on without them", sys.stderr)
     if "log" in state:
         log.load_state_dict(state["log"], state["steps"], agent.device)

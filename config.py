@@ -260,8 +260,7 @@ def make_config(values, source):
     kinds = {field.name: field.type for field in fields(Config)}
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds no configuration")
-    unknown = [name for name in values if name not in kinds]
-    if unknown:
+    if unknown := [name for name in values if name not in kinds]:
         raise ValueError(f"{source} has {unknown[0]!r}, which this version does not know: use the one that wrote it")
     for name, value in values.items():
         if kinds[name] is float and (type(value) in (int, float) or value in ("inf", "-inf", "nan")):

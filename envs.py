@@ -152,11 +152,11 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         # A missing sensor reads zero, wherever its own range lies.
         spaces = [(s, Box(np.minimum(x.low, 0), np.maximum(x.high, 0), dtype=x.dtype)) for s, x in self.sensors.items()]
         self.observation_space = Dict([*spaces, ("present", MultiBinary(len(spaces)))])
-        limit = env.spec.max_episode_steps if env.spec else None
-        known = {"action_repeat": 1, "episode_steps": limit, "can_terminate": True}
-        self.action_repeat, self.episode_steps, self.can_terminate = (
+        known = {"action_repeat": 1, "episode_steps": None, "can_terminate": True}
+        self.action_repeat, steps, self.can_terminate = (
             env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default for name, default in known.items()
         )
+        self.episode_steps = (env.spec.max_episode_steps if env.spec else None) or steps
         self.first_seed, self.generator, self.under_way, self.filmed = seed, None, False, False
 
     def reset(self, *, seed=None, options=None):
@@ -200,7 +200,7 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
     def observe(self, readings):
         """The readings of the sensors that work and are finite, zeros for the others, and `present`."""
         zeros = {name: np.zeros(space.shape, space.dtype) for name, space in self.sensors.items()}
-        seen = {name: readings[name] for name in self.working() if np.isfinite(readings[name]).all()}
+        seen = {name: readings[name] for name in self.working() if np.isfinite(readings.get(name, np.nan)).all()}
         return zeros | seen | {"present": np.array([name in seen for name in self.sensors], np.int8)}
 
 
@@ -298,8 +298,7 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         if fault == "bias":
             return np.roll(x, np.where(manner[:2] < 0, -8, 8), (0, 1))
         half = round(SIZE / 2**0.5)  # the side of a square of half the picture
-        corner = (SIZE - half) * (0.5 + 0.5 * np.sin(3 * manner[:2] + 0.2 * manner[2:] * self.t))
-        row, column = corner.astype(int)
+        row, column = ((SIZE - half) * (0.5 + 0.5 * np.sin(3 * manner[:2] + 0.2 * manner[2:] * self.t))).astype(int)
         x = x.copy()
         x[row : row + half, column : column + half] = 0
         return x
@@ -334,7 +333,7 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
         if not 0 < len(sensors) == len(dict(sensors)):
             raise ValueError(f"{self.name} has sensors {[name for name, _ in sensors]}; give each a name of its own")
         self.forms = {name: self.form(name, space) for name, space in sensors}
-        self.unit = {name for name, space in sensors if self.forms[name] is IMAGE and space.dtype != np.uint8}
+        self.unit = {name for name, space in sensors if self.forms[name] is IMAGE and space.high.max() <= 1}
         self.camera = env.render_mode == "rgb_array" and "camera" not in self.forms
         self.forms |= {"camera": IMAGE} if self.camera else {}
         self.observation_space, self.wanted = Dict(list(self.forms.items())), list(self.forms)
@@ -348,14 +347,15 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
         """The space of one sensor as the model reads it."""
         if isinstance(space, Box) and 0 not in space.shape:
             floats, axes, channels = space.dtype.kind == "f", len(space.shape), space.shape[2:]
-            unit = floats and space.low.min() >= 0 and space.high.max() <= 1
+            low, high = space.low.min(), space.high.max()
+            unit = floats and low >= 0 and high <= 1
             if axes < 2:
                 with np.errstate(over="ignore"):
                     low, high = (bound.astype(np.float32).reshape(-1) for bound in (space.low, space.high))
                 return Box(low, high, dtype=np.float32)
             if space.dtype == np.uint8 and (axes == 2 or channels in ((1,), (3,))) or unit and channels == (3,):
                 return IMAGE
-            if floats and not unit and channels == (1,):  # in [0, 1] it might be grey as well
+            if floats and channels == (1,) and not unit and not -np.inf < low < 0 and high != 255:  # it might be grey
                 return DEPTH
         raise ValueError(f"{self.name}: sensor {name!r} is {space}; allowed are vectors, images (channels last) of "
                          "uint8 in grey or colour or of floats within [0, 1] in colour, and depth (H, W, 1) of "
@@ -377,6 +377,7 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
         readings = dict(flatten(observation))
         if self.camera and "camera" in self.wanted:
             FitSpaces.rendered, readings["camera"] = True, self.env.render()
+        readings = {s: x for s, x in readings.items() if s not in self.unit or np.isfinite(x).all()}
         return {s: fit(readings[s], form, s in self.unit) for s, form in self.forms.items() if s in readings}
 
 
@@ -669,8 +670,7 @@ class ToyWorld(World):
         self.cameras = {s: ToyCamera(s) for s in sensors if s not in vectors}
 
     def begin(self, rng):
-        self.rng = rng
-        self.position = rng.random(2)
+        self.rng, self.position = rng, rng.random(2)
 
     def move(self, action):
         gust = self.rng.normal(0, TOY_GUST, 2)

@@ -64,10 +64,7 @@ def make_agent(config, observation_space, action_size):
                       config.over_present)  # fmt: skip
     options = {name: getattr(config, name) for name in BEHAVIOUR} | ({"bfloat16": bfloat16} if config.fast else {})
     options |= dict(continuation=continuation, sample_in_evaluation=config.act_by == "sample", device=device)
-
-    def loss(model, filtered, batch):
-        return objective(model, filtered, batch, weights)
-
+    loss = lambda model, filtered, batch: objective(model, filtered, batch, weights)  # noqa: E731
     agent = (fast.FastAgent if config.fast else Agent)(model, loss, action_size, **options)
     initialise(agent.actor)
     initialise(agent.critic)
@@ -105,26 +102,29 @@ class Player:
         self.memory = self.agent.initial_memory(1)
         self.first = torch.ones(1, dtype=torch.bool, device=self.agent.device)
 
-    def filter(self, observation):
+    def filter(self, observation, action=None):
         """Take in one observation, {name: array}, and the action before it.
 
+        action   (A,) in [-1, 1] that was executed since the last observation, where it isn't what `act` returned
         returns  the latent state z (D_z,), and {name: log f} of Eq. (16), how well each sensor that is present (and
                  believed) agrees with it: 0 is best (MuMMI and MuMMI-b only)
         Raises ValueError for a sensor that it does not know, or of another shape or type.
         """
-        unknown = set(observation) - set(self.sensors)
-        if unknown:
+        if unknown := set(observation) - set(self.sensors):
             raise ValueError(f"sensor {min(unknown)!r} is unknown: give some of {', '.join(self.sensors)}")
         arrays = {}
         for name, x in observation.items():
             x = np.asarray(np.nan if x is None else x, np.float32 if len(self.sensors[name]) == 1 else None)
             if x.ndim > 1 or np.isfinite(x).all():
-                arrays[name] = np.ascontiguousarray(np.fmin(x, MAX_DEPTH) if x.ndim == 3 and x.dtype != np.uint8 else x)
+                arrays[name] = np.ascontiguousarray(np.fmin(x, MAX_DEPTH) if x.ndim == 3 and x.dtype.kind == "f" else x)
         given, model = {}, self.agent.model
         for name, shape in self.sensors.items():
             kind = np.uint8 if len(shape) == 3 and shape[-1] > 1 else np.float32
             given[name] = torch.as_tensor(arrays.get(name, np.zeros(shape, kind)), device=self.agent.device)[None]
         present = torch.tensor([[name in arrays for name in self.sensors]], device=self.agent.device)
+        if action is not None:
+            action = np.reshape(np.float32(action), self.memory.action.shape)
+            self.memory = self.memory._replace(action=torch.tensor(action, device=self.agent.device))
         check_observation({k: x[None] for k, x in given.items()}, present[None], self.memory.action[None], self.sensors)
         if self.trust:
             present = self.trust(self.memory, given, present, self.first)
@@ -138,13 +138,13 @@ class Player:
             agreement = {name: float(x) for name, x, here in zip(self.sensors, log_f, present[0]) if here}
         return latent[0].cpu().numpy(), agreement
 
-    def act(self, observation):
-        """The action (A,) in [-1, 1] after one more observation; see `filter`."""
-        self.filter(observation)
+    def act(self, observation, action=None):
+        """The action (A,) in [-1, 1] after one more observation; arguments as of `filter`."""
+        self.filter(observation, action)
         policy = self.agent.actor.sample if self.agent.sample_in_evaluation else self.agent.actor.mode
         action = self.agent.plan(self.memory.state, policy).clamp(-1, 1)
         self.memory = self.memory._replace(action=action)
-        return action[0].float().cpu().numpy()
+        return np.array(action[0].float().cpu())
 
 
 def load_agent(path, device="cpu", trust=False):

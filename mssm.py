@@ -102,7 +102,7 @@ def scale(x, present, mean, std):
     """Scale one modality to what encoders read and decoders predict; where absent, x is not read.
 
     x        uint8 (..., 64, 64, C): a colour image, to [-0.5, 0.5]
-             float (..., 64, 64, 1): metres, clipped at 10 and scaled to [-0.5, 0.5].  Dev. D9
+             float (..., 64, 64, 1): metres, clipped at 10, NaN is 10, and scaled to [-0.5, 0.5].  Dev. D9
              float (..., D): a vector, to (x - mean) / std (touch arrives as log(1 + newtons), Dev. D10)
     present  (...)  bool
     returns  float32, in the shape of x
@@ -111,7 +111,7 @@ def scale(x, present, mean, std):
         return x.float().div_(255).sub_(0.5)
     axes = x.ndim - present.ndim
     x = torch.where(present[(...,) + (None,) * axes], x.float(), 0)  # absent values may be NaN
-    return x.clamp_(0, MAX_DEPTH).div_(MAX_DEPTH).sub_(0.5) if axes == 3 else (x - mean) / std
+    return x.nan_to_num_(MAX_DEPTH).clamp_(0, MAX_DEPTH).div_(MAX_DEPTH).sub_(0.5) if axes == 3 else (x - mean) / std
 
 
 def image_encoder(shape, channels):

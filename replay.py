@@ -111,7 +111,9 @@ class Replay:
         rows = len(next(iter(episode.values())))
         for key, column in self.columns.items():
             x = np.asarray(episode[key])
-            if x.shape != (rows, *column.shape) or not np.can_cast(x.dtype, column.dtype, "same_kind"):
+            rounded = column.dtype.kind == "f" and (x.dtype.kind == "f" or x.ndim < 4)  # integers are no metres
+            how = "same_kind" if rounded else "safe"
+            if x.shape != (rows, *column.shape) or not np.can_cast(x.dtype, column.dtype, how):
                 raise ValueError(f"{key} is {x.dtype} {x.shape}: give {column.dtype} {(rows, *column.shape)}")
         if rows > self.capacity:
             raise ValueError(f"an episode of {rows} steps does not fit a replay of {self.capacity}: enlarge it")
@@ -149,7 +151,7 @@ class Replay:
         """
         finished = []
         for i, rows in enumerate(self.open):
-            rows.append({key: value[i] for key, value in step.items()})
+            rows.append({key: np.array(value[i]) for key, value in step.items()})
             if done[i]:
                 finished.append({key: np.stack([row[key] for row in rows]) for key in step})
                 self.add(finished[-1])
@@ -166,6 +168,8 @@ class Replay:
     def sample(self, batch_size, length, rng):
         """Sequences of consecutive rows, drawn uniformly from all that lie inside one episode.
 
+        Where it is kept whether the episode `continues`, the last is drawn `length` times as often: an episode's end is
+        learnt as often as any other step.
         returns  {key: (T, B, ...)}
         Raises ValueError if no episode is long enough.
         """
@@ -173,13 +177,15 @@ class Replay:
 
     def choose(self, batch_size, length, rng):
         """The first rows (B,) of sequences, drawn as `sample` says."""
-        starts = np.array([start for start, _, _ in self.episodes])
-        windows = np.array([max(0, rows - length + 1) for _, rows, _ in self.episodes]).cumsum()
+        starts, rows = np.array([e[:2] for e in self.episodes], int).reshape(-1, 2).T
+        windows = rows - length + (length if "continues" in self.columns else 1)
+        windows = np.where(rows < length, 0, windows).cumsum()
         if not len(windows) or windows[-1] == 0:
             raise ValueError(f"no episode in the replay has {length} steps: collect more, or shorten --batch-length")
         drawn = rng.integers(windows[-1], size=batch_size)
         episode = np.searchsorted(windows, drawn, side="right")
-        return starts[episode] + drawn - np.concatenate([[0], windows])[episode]
+        offset = drawn - np.concatenate([[0], windows])[episode]
+        return starts[episode] + np.minimum(offset, rows[episode] - length)
 
     def buffers(self, batch_size, length, empty=np.empty):
         """{key: (B, T, ...)} for `read` to fill; `empty(shape, dtype)` makes one, in pinned memory perhaps."""

@@ -233,7 +233,7 @@ def refused(env):
 
 @pytest.mark.parametrize("space", [
     Box(0, 65535, (64, 64, 1), np.uint16), Box(0, 10_000, (64, 64, 1), np.int32),  # millimetres are not guessed
-    Box(0, 1, (64, 64, 1), np.float32),  # grey, or depth?
+    Box(0, 1, (64, 64, 1), np.float32), Box(-1, 1, (64, 64, 1), np.float32), Box(0, 255, (64, 64, 1), np.float32),  # grey?
     Box(0, 255, (64, 64, 3), np.float32), Box(0, 255, (3, 64, 64), np.uint8), Box(0, 255, (64, 64, 4), np.uint8),
     Box(0, 9, (4, 4), np.float32), Box(0, 9, (0,), np.float32), Discrete(3), MultiBinary(3), Text(5),
 ], ids=str)  # fmt: skip
@@ -293,6 +293,25 @@ def test_a_vector_that_is_not_finite_is_missing(value):
         observation = env.step(np.zeros(3))[0]
         assert observation["present"].tolist() == [1, t % 3 > 0] and not env.missing[t].any()
         assert np.isfinite(observation["near"]).all() and (observation["near"] != 0).any() == (t % 3 > 0)
+
+
+def test_a_float_picture_that_is_not_finite_is_missing_and_a_mask_of_0_and_1_is_black_and_white():
+    sensors = Dict({"rgb": Box(0, 1, (64, 64, 3)), "mask": Box(0, 1, (64, 64, 1), np.uint8), "wide": Box(0.1, np.inf, (64, 64, 1))})
+    arm = Arm(lambda rng: 99, sensors)
+    env = envs.MissingSensors(arm, missing_rate=0, seed=0)
+    env.reset()
+    assert env.sensors["wide"] == envs.DEPTH and set(np.unique(env.step(np.zeros(3))[0]["mask"])) == {0, 255}
+    reading = sensors.sample() | {"rgb": np.full((64, 64, 3), np.nan, np.float32)}
+    arm.step = lambda action: (reading, 0.0, False, False, {})
+    assert env.step(np.zeros(3))[0]["present"].tolist() == [int(name != "rgb") for name in env.sensors]
+
+
+def test_the_registered_time_limit_counts_and_not_an_attribute_that_counts_steps():
+    arm = Arm()
+    arm.episode_steps = 0
+    env = gymnasium.wrappers.TimeLimit(arm, 30)
+    arm.spec = gymnasium.envs.registration.EnvSpec("Arm-v0", max_episode_steps=30)
+    assert envs.MissingSensors(env).episode_steps == 30
 
 
 def test_an_environment_may_tell_its_attributes():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import D_F, D_H, D_X, MODALITIES, B, Config, T, close, observe, random_batch, tiny_agent, tiny_config  # fmt: skip
+from conftest import D_F, D_H, D_X, MODALITIES, A, B, Config, T, close, observe, random_batch, tiny_agent, tiny_config  # fmt: skip
 from test_mummi_loss import info_nce_in_python
 from torch.distributions import Normal, kl_divergence
 
@@ -439,7 +439,9 @@ def test_a_sensor_that_is_not_believed_has_no_agreement_and_a_refused_reading_le
     player = methods.Player(tiny_agent("mummi"), trust)
     rgb = np.zeros((64, 64, 3), np.uint8)
     assert list(player.filter({"rgb": rgb, "touch": [3, 0]})[1]) == ["rgb"] and len(calls) == 1
-    for wrong in ({"rgb": rgb[:32]}, {"rgb": rgb.astype(float)}, {"depth": np.zeros((64, 64), np.float32)}):
+    millimetres = np.full((64, 64, 1), 300)  # of whatever integers: none is metres
+    for wrong in ({"rgb": rgb[:32]}, {"rgb": rgb.astype(float)}, {"depth": np.zeros((64, 64), np.float32)},
+                  *({"depth": millimetres.astype(kind)} for kind in ("uint16", "int16", "int32", "bool", "uint8"))):  # fmt: skip
         with pytest.raises(ValueError, match="give (uint8|float)"):
             player.filter(wrong)
     assert len(calls) == 1
@@ -506,6 +508,25 @@ def test_a_trained_agent_filters_and_tells_how_sensors_agree(trained):
     assert list(both[1]) == ["position", "camera"]
     player.reset()
     assert player.memory.state.h.abs().sum() == 0
+
+
+def test_a_filter_is_told_which_action_was_executed():
+    """As if the agent had acted so: also where another controller drives, or a safety layer changes what `act` gave."""
+    actions, latents = np.random.default_rng(0).uniform(-1, 1, (3, A)).astype(np.float32), {}
+    for way in ("act", "filter", "told", "nothing"):
+        player = methods.Player(tiny_agent("mummi"))
+        torch.manual_seed(0)
+        player.filter({"touch": [1, 0]})
+        for action in actions:
+            if way == "act":  # what it returned is what was executed
+                player.memory = player.memory._replace(action=torch.tensor(action)[None])
+            if way == "told":
+                player.memory = player.memory._replace(action=torch.full((1, A), 0.9))
+            latents[way] = player.filter({}, action if way in ("filter", "told") else None)[0]
+    assert np.array_equal(latents["act"], latents["filter"]) and np.array_equal(latents["act"], latents["told"])
+    assert not np.array_equal(latents["act"], latents["nothing"])
+    with pytest.raises(ValueError, match="shape"):
+        player.act({}, [0.1] * (A + 1))
 
 
 @pytest.mark.parametrize("observation, said", [

@@ -377,6 +377,15 @@ METHODS = {  # fusion, heads, objective
 }  # fmt: skip
 
 
+def test_a_pixel_of_depth_that_reads_nothing_is_far():
+    present, depth = torch.ones(1, 1).bool(), torch.full((1, 1, 64, 64, 1), 3.0)
+    scaled = []
+    for nothing in (mssm.MAX_DEPTH, math.nan, math.inf, 1e6):
+        depth[..., :9, :9, :] = nothing
+        scaled.append(mssm.scale(depth, present, None, None))
+    assert all(torch.equal(x, scaled[0]) for x in scaled) and depth.isnan().sum() == 0 and scaled[0].max() == 0.5
+
+
 @pytest.mark.eq(10, 11)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf, 1e30])

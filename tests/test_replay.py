@@ -54,8 +54,9 @@ def test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged(tmp_pat
 
 @pytest.mark.parametrize("key, wrong", [
     ("rgb", np.zeros((20, 3, 4, 4), np.uint8)), ("rgb", np.zeros((20, 4, 4, 3), np.float32)),
-    ("action", np.zeros((19, 2), np.float32)), ("action", np.zeros((25, 2), np.float32)), ("step", np.zeros(20)),
-], ids=["channels first", "floats", "a row short", "rows too many", "floats for whole numbers"])  # fmt: skip
+    ("rgb", np.zeros((20, 4, 4, 3), np.uint16)), ("action", np.zeros((19, 2), np.float32)),
+    ("action", np.zeros((25, 2), np.float32)), ("step", np.zeros(20)),
+], ids=["channels first", "floats", "wider", "a row short", "rows too many", "floats for whole numbers"])  # fmt: skip
 def test_episodes_of_another_shape_or_type_are_refused_and_change_nothing(tmp_path, key, wrong):
     replay = filled(tmp_path, [20, 20])
     with pytest.raises(ValueError, match=f"{key} is {wrong.dtype}.*: give {np.dtype(FIELDS[key][1])}"):
@@ -91,6 +92,34 @@ def test_what_is_drawn_is_a_copy(tmp_path):
     replay = filled(tmp_path, [10])
     replay.sample(4, 10, np.random.default_rng(0))["rgb"][:] = 0
     np.testing.assert_array_equal(replay.sample(1, 10, np.random.default_rng(0))["rgb"][:, 0], episode(0, 10)["rgb"])
+
+
+def test_integers_are_no_depth(tmp_path):
+    replay = Replay(tmp_path, {"depth": ((4, 4, 1), "float16")}, 100)
+    with pytest.raises(ValueError, match="depth is uint16"):
+        replay.add({"depth": np.full((9, 4, 4, 1), 1500, np.uint16)})
+
+
+@pytest.mark.parametrize("lengths", [[100], [5, 60, 7, 3, 30]])
+def test_where_it_is_kept_whether_the_episode_continues_its_end_is_drawn_as_often_as_any_step(tmp_path, lengths):
+    """The last of each episode in as many sequences as one in the middle; none crosses an end."""
+    length, replay = 5, Replay(tmp_path, {"step": ((), "int64"), "continues": ((), "float32")}, 1000)
+    for rows in lengths:
+        replay.add({"step": np.arange(rows), "continues": np.float32(np.arange(rows) < rows - 1)})
+    batch = replay.sample(40_000, length, np.random.default_rng(0))
+    assert (np.diff(batch["step"], axis=0) == 1).all() and (batch["continues"][:-1] == 1).all()
+    long_enough = [rows for rows in lengths if rows >= length]
+    weight = sum(long_enough) * (batch["continues"][-1] == 0).mean() / len(long_enough)
+    assert weight == pytest.approx(length, rel=0.05)
+
+
+def test_what_is_recorded_is_a_copy(tmp_path):
+    replay, same = Replay(tmp_path, {"x": ((2,), "float32")}, 100), np.zeros((1, 2), np.float32)
+    replay.begin(1)
+    for t in range(4):
+        same[:] = t
+        finished = replay.record({"x": same}, np.array([t == 3]))
+    assert finished[0]["x"][:, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_record_keeps_the_environments_apart_until_each_is_done(tmp_path):
