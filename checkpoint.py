@@ -257,14 +257,13 @@ class Log:
         means = {name: float(torch.stack(values).mean()) for name, values in self.pending.items()}
         if all(math.isfinite(value) for name, value in means.items() if name.endswith(("_loss", "_norm"))):
             return means
-        faults = [(age, name) for name, values in self.pending.items()
-                  for age, x in enumerate(reversed(values)) if not math.isfinite(x)]  # fmt: skip
-        first = max((age for age, _ in faults), default=0)
-        names = [name for age, name in faults if age == first] or ["their sum"]
+        pending = [(age, name, x) for name, values in self.pending.items() for age, x in enumerate(reversed(values))]
+        faults = [(age, name) for age, name, x in pending if not math.isfinite(x)] or [(0, "their sum")]
+        first = max(faults)[0]
         torch.save(self.batch, self.folder / "batch.pt")
-        raise Fault(f"not finite, {first} updates ago: {', '.join(names)}; the batch of the last update is in "
-                    f"{self.folder}/batch.pt; --resume goes on from the checkpoint, with --log-every 1 it stops "
-                    "at the very batch")  # fmt: skip
+        raise Fault(f"not finite, {first} updates ago: {', '.join(n for age, n in faults if age == first)}; the last "
+                    f"batch is in {self.folder}/batch.pt; --resume goes on from the checkpoint, with --log-every 1 it "
+                    "stops at the very batch")  # fmt: skip
 
     def write(self, steps, values):
         """One line of {name: int or float} at an environment step."""

@@ -175,8 +175,7 @@ READ_BY = {  # the methods that read an option, where not all do
 }  # fmt: skip
 MAY_CHANGE = "resume device deterministic fast steps log_every eval_every backgrounds act_by".split()  # on --resume
 # Runs that differ in more than these are not the same experiment.
-MAY_DIFFER = ("task preset method seed name resume device deterministic fast log_every eval_every eval_episodes "
-              "act_by").split()  # fmt: skip
+MAY_DIFFER = "task preset method seed name resume device deterministic fast log_every eval_every eval_episodes".split()
 
 
 # ---- 2. The command line --------------------------------------------------------------------------

@@ -353,8 +353,7 @@ def markdown(cells, references):
     for task, policies in references.items():
         for name, returns in policies.items():
             lines.append(f"The {name} policy earns {np.mean(returns):.1f} ± {np.std(returns):.1f} on {task}.")
-    lines += ["", "Mean of every seed, in the order of the seeds; below, parameters of the world model.", "",
-              *lines[:2]]  # fmt: skip
+    lines += ["", "Mean of every seed, in order of the seeds; below, parameters of the world model.", "", *lines[:2]]
     for row, columns in cells.items():
         means = ([m for _, m in sorted(columns[c]["seeds"].items())] if c in columns else [] for c in methods)
         lines.append("| " + " | ".join([*row, *(", ".join(f"{m:.1f}" for m in group) for group in means)]) + " |")

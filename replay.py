@@ -111,9 +111,8 @@ class Replay:
         rows = len(next(iter(episode.values())))
         for key, column in self.columns.items():
             x = np.asarray(episode[key])
-            rounded = column.dtype.kind == "f" and (x.dtype.kind == "f" or x.ndim < 4)  # integers are no metres
-            how = "same_kind" if rounded else "safe"
-            if x.shape != (rows, *column.shape) or not np.can_cast(x.dtype, column.dtype, how):
+            fits = np.can_cast(x.dtype, column.dtype, "safe" if x.ndim == 4 and x.dtype.kind != "f" else "same_kind")
+            if x.shape != (rows, *column.shape) or not fits:
                 raise ValueError(f"{key} is {x.dtype} {x.shape}: give {column.dtype} {(rows, *column.shape)}")
         if rows > self.capacity:
             raise ValueError(f"an episode of {rows} steps does not fit a replay of {self.capacity}: enlarge it")
@@ -168,8 +167,7 @@ class Replay:
     def sample(self, batch_size, length, rng):
         """Sequences of consecutive rows, drawn uniformly from all that lie inside one episode.
 
-        Where it is kept whether the episode `continues`, the last is drawn `length` times as often: an episode's end is
-        learnt as often as any other step.
+        Where `continues` is kept, an episode's last is drawn `length` times as often, and so its end as any other step.
         returns  {key: (T, B, ...)}
         Raises ValueError if no episode is long enough.
         """

@@ -99,10 +99,10 @@ def learn(agent, batches, config, log, progress, check):
         log.learning(progress.steps)
         if progress.updates <= config.first_updates:
             log.show(progress.steps, f"learning {progress.updates} of {config.first_updates}")
-        if progress.updates == 2 and agent.device.type == "cpu":
-            left = (updates_due(config, config.steps) - 2) * (time.perf_counter() - started)
+        if progress.updates == config.model_updates + 2 and agent.device.type == "cpu":  # a whole one
+            left = (updates_due(config, config.steps) - progress.updates) * (time.perf_counter() - started)
             text = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.0f} min" if left > 60 else "a minute"
-            say(f"no GPU: all updates will take about {text} on this CPU")
+            say(f"no GPU: the updates left will take about {text} on this CPU")
         if progress.updates % config.log_every == 0:
             log.write(progress.steps, {"updates": progress.updates, **log.means()})
         check()
@@ -202,13 +202,14 @@ def main(config):
 
         with closing(Log(folder, config.steps)) as log, StopSignals(folder) as stop:
             check_backgrounds(folder, config.backgrounds, new=not config.resume)
-            write_config(folder, config)
             fields = replay_fields(space, action_size, config.continuation == "on")
             replay = Replay(folder / "replay", fields, config.capacity, spare_rows(config, envs))
             rng = np.random.default_rng(config.seed)
             progress = restore(folder, agent, replay, rng, log) if config.resume else Progress()
             if progress.evaluated >= config.steps:
-                say(f"{folder} is finished at step {progress.steps}; --steps {2 * config.steps} would train on")
+                say(f"{folder} is finished at step {progress.steps}; --steps {2 * progress.steps} would train on")
+            else:
+                write_config(folder, config)
             batches = Batches(replay, config, rng, agent.device)
             save = partial(save_checkpoint, folder, agent, replay, rng, log, config, progress)
             try:

@@ -114,7 +114,8 @@ def test_a_share_that_no_node_has_is_refused():
 
 
 @pytest.mark.parametrize("by_hand, kept", [
-    ({}, True), ({"calibration": True, "video": True, "references": False}, True), ({"episodes": 3}, False),
+    ({}, True), ({"calibration": True, "video": True}, True), ({"references": False}, False), ({"episodes": 3}, False),
+    ({"missing_process": "released"}, False), ({"backgrounds": "other"}, False), ({"label": ("free_nats",)}, False),
     ({"rates": ("None",)}, False), ({"faults": ("camera=black",)}, False), ({"trust": True}, False), ({"seed": 5}, False),
     ({"remove": ("camera",)}, False),
 ], ids=str)  # fmt: skip
@@ -126,6 +127,16 @@ def test_an_evaluation_by_hand_is_kept_if_its_conditions_are_those_of_the_sweep(
     (folder / "evaluation.json").write_text(json.dumps({"options": dataclasses.asdict(options)}))
     left = sweep.commands(folder, config, sweep.Options(), "cpu", True)
     assert (left == []) == kept and all("evaluate.py" in command[0] for command in left)
+
+
+def test_what_would_change_the_evaluation_of_a_finished_run_is_refused():
+    (folder, config), = configs(tasks=("toy",), methods=("mummi",), seeds=(1,)).items()
+    sweep.create_folder(folder, config)
+    sweep.check_same(folder, dataclasses.replace(config, act_by="sample"))  # it comes in time
+    torch.save({"steps": config.steps, "evaluated": config.steps}, folder / "checkpoint.pt")
+    sweep.check_same(folder, dataclasses.replace(config, eval_every=1))
+    with pytest.raises(ValueError, match="was trained with --act-by mode, not sample"):
+        sweep.check_same(folder, dataclasses.replace(config, act_by="sample"))
 
 
 # ---- 2. On a cluster of three nodes ----

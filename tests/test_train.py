@@ -119,6 +119,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder):
         assert np.array_equal(np.load(path, mmap_mode="r"), other), path.name
 
 
+def test_options_that_come_too_late_for_a_finished_run_do_not_enter_its_configuration(folder, capsys):
+    before = (folder / "config.json").read_bytes()
+    train.main(parse(["--resume", str(folder), "--act-by", "sample"]))
+    assert (folder / "config.json").read_bytes() == before and "is finished at step 600" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [("--eval-every", "400"), ("--eval-episodes", "3"), ("--log-every", "3")])
 def test_what_is_looked_at_changes_nothing_that_is_learnt(folder, options):
     """Bit for bit: parameters and optimisers after evaluations of another number, length and rate."""

@@ -1,5 +1,6 @@
 """Sensors that lie: the wrapper lies exactly as often as asked, and the rule finds lies by what honest readings showed."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import train
 from config import parse
 from envs import DELAY, FAULTS, LyingSensors, ToyWorld, make_env, make_vector_env
 from mssm import State
+from tools import lying as roc
 from trust import AHEAD, RATES, Trust, read, usual_distances
 
 PENDULUM = {"task_kwargs": {"render_mode": "rgb_array"}}
@@ -337,6 +339,18 @@ def test_evaluation_tells_what_lies_cost_and_how_they_are_found(run, capsys, mon
     report = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)  # strict: no NaN
     honest = next(record for record in report["records"] if record["trust"] and not record["fault"])
     assert honest["detection"]["camera"]["delay"] is None  # nothing lied
+
+
+@pytest.mark.parametrize("other", [{}, {"missing": "High"}, {"task": "toy_xy"}, {"label": "free_nats 3.0"}], ids=str)
+def test_a_roc_curve_is_of_one_condition(tmp_path, other):
+    found = {"roc": [[0.0, 0.5], [1.0, 1.0]], "area": 0.75}
+    record = {"method": "mummi", "task": "toy", "missing": "None", "sensors": "position+camera", "label": "",
+              "fault": "camera=black", "detection": {"camera": found}}  # fmt: skip
+    path = tmp_path / "lies.json"
+    path.write_text(json.dumps({"records": [record, record | other, {"method": "mummi", "fault": "", "detection": {}}]}))
+    with pytest.raises(ValueError, match="mixes tasks") if other else contextlib.nullcontext():
+        roc.main(roc.Options(path))
+    assert (tmp_path / "lies-roc.png").exists() != bool(other)
 
 
 @pytest.mark.parametrize("what", ["trust", "calibration"])

@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -138,7 +137,6 @@ def update():
         results[f"{size}x{size} {precision} {way}"] = {
             "seconds_to_the_fifth_update": round(time.perf_counter() - start, 1),
             **milliseconds(partial(agent.update, batch), repeats=50 if CUDA else 5),
-            "peak_host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
             "peak_device_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if CUDA else 0,
         }
         del agent, batch  # their memory is not the next one's
@@ -246,7 +244,7 @@ def training(seconds=60):
 
     Raises ValueError where train.py fails.
     """
-    options = "--task finger_spin --name x --log-every 1 --first-updates 6 --capacity 100000"
+    options = "--task finger_spin --preset paper --name x --log-every 1 --first-updates 6 --capacity 100000"
     seen: list = []  # (moment, line) of every update past the first, in which things are compiled
     peak = 0.0
     with tempfile.TemporaryDirectory() as folder:

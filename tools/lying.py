@@ -32,13 +32,16 @@ def main(options):
     """Draw and write the figure. Raises ValueError where the file holds no detection of that method."""
     grid = np.linspace(0, 1, 201)  # shares of honest readings
     curves: dict = defaultdict(lambda: defaultdict(list))
-    for record in json.loads(options.evaluation.read_text())["records"]:
-        if record["method"] == options.method and record.get("fault"):
-            faults = dict(pair.split("=") for pair in record["fault"].split(","))
-            for name, found in record.get("detection", {}).items():
-                curves[name][faults[name]].append(found)
-    if not curves:
+    records = [r for r in json.loads(options.evaluation.read_text())["records"] if r["method"] == options.method]
+    records = [record for record in records if record.get("fault") and record.get("detection")]
+    if not records:
         raise ValueError(f"{options.evaluation} holds no faults of {options.method} with --trust: evaluate with both")
+    if len({(r["task"], r["missing"], r["sensors"], r.get("label"), r["fault"].count(",")) for r in records}) > 1:
+        raise ValueError(f"{options.evaluation} mixes tasks, missing rates, sensors or labels: evaluate each alone")
+    for record in records:
+        faults = dict(pair.split("=") for pair in record["fault"].split(","))
+        for name, found in record["detection"].items():
+            curves[name][faults[name]].append(found)
     figure = Figure(figsize=(4.4 * len(curves), 4.2), layout="constrained")
     for axis, (name, faults) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for (fault, found), colour in zip(faults.items(), itertools.cycle(COLOURS)):

@@ -123,8 +123,8 @@ def draw(lines, options):
             mean, std = values.mean(0), values.std(0)
             axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
             name = ", ".join([STYLES[method][0], *label, f"{len(values)} seed{'s' * (len(values) > 1)}"])
-            axis.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, label=name,
-                      marker=marker, markersize=4.5, markevery=(6 * i, 40))  # fmt: skip
+            axis.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, label=name, markersize=4.5,
+                      marker=marker if i < len(STYLES) else f"${i + 1}$", markevery=(6 * i, 40))  # fmt: skip
         axis.set(title=task.replace("_", " "), xlabel="environment steps", ylabel=f"{options.metric[:-7]} return")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.25)

@@ -93,7 +93,8 @@ def check_same(folder, config):
     """Raises ValueError where the folder holds another run than the one asked for."""
     was = vars(load_config(folder))
     for name, value in vars(config).items():
-        if name not in (*MAY_CHANGE, "name") and was[name] != value:
+        late = finished(folder, config) and name in ("act_by", "backgrounds")  # too late for its evaluations
+        if (late or name not in (*MAY_CHANGE, "name")) and was[name] != value:
             raise ValueError(f"{folder} was trained with --{name.replace('_', '-')} {was[name]}, not {value}: give the "
                              "same options again, or another --runs")  # fmt: skip
 
@@ -108,10 +109,7 @@ def finished(folder, config):
 
 
 def describe(configs, left):
-    """The plan in words: how many runs, and how long they take if that was measured.
-
-    left  folders of the runs that are not finished
-    """
+    """The plan in words: how many runs are `left`, by their folders, and how long they take if that was measured."""
     folder, size = next(iter(configs)).parent, [*MODEL, "batch_size", "batch_length", "horizon"]
     lines = [f"{len(configs)} runs in {folder}, of which {len(configs) - len(left)} are finished."]
     large = [configs[f] for f in left if all(getattr(configs[f], name) == getattr(Config(), name) for name in size)]
@@ -269,7 +267,8 @@ def commands(folder, config, options, device, references):
     with suppress(OSError, ValueError):
         done = json.loads((folder / "evaluation.json").read_text())["options"]
         asked = json.loads(json.dumps(asdict(evaluate.Options((), episodes=options.episodes, remove=(*remove[1:],)))))
-        same = all(done[x] == asked[x] for x in "episodes remove rates seed randomize faults trust".split())
+        free = "runs sensors calibration references output video device".split()  # add to what is asked, or tell where
+        same = all(done[x] == asked[x] for x in asked if x not in free) and done["references"] >= references
         newer = (folder / "evaluation.json").stat().st_mtime >= (folder / "checkpoint.pt").stat().st_mtime
         if not train and newer and same:
             return []
