@@ -245,8 +245,12 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_trust.test_a_reading_far_from_the_prediction_is_dropped),
 
     # Replay
-    ("sequences across episodes", replay.Replay.choose, "rows - length + 1", "rows",
+    ("the last sequence too often", replay.Replay.choose, "else 1)", "else 3)",
      test_replay.test_every_window_is_as_likely_as_any_other),
+    ("sequences across episodes", replay.Replay.choose, "np.minimum(offset, rows[episode] - length)", "offset",
+     test_replay.test_where_it_is_kept_whether_the_episode_continues_its_end_is_drawn_as_often_as_any_step),
+    ("ends of episodes hardly ever drawn", replay.Replay.choose, "length if", "1 if",
+     test_replay.test_where_it_is_kept_whether_the_episode_continues_its_end_is_drawn_as_often_as_any_step),
     ("overwritten episodes kept", replay.Replay.add, "e[0] + e[1] <= first or", "True or",
      test_replay.test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged),
     ("overwritten episodes restored", replay.Replay.load_state_dict,
@@ -256,6 +260,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
 CHOSEN = dict(  # for a test that runs for several
     method="mummi", steps=501, rate=0.375, max_length=14, axes=(5, 7), nonsense=float("nan"), fusion="product", fast=True,
     fault="black", sensor="camera", change=dict(touch=test_mssm.uint8(2)), message="'touch' is torch.uint8", bfloat16=False,
+    lengths=[5, 60, 7, 3, 30],
 )  # fmt: skip
 SPECIAL = {  # the arguments that alone show a fault: a method; a processor, and whether oneDNN's product is exact there
     "pictures teach the decoder alone": dict(method="mssm_e"),
