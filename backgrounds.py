@@ -111,8 +111,8 @@ def summary(source):
         return f"backgrounds {source}: {count} clips, {count - held_out} for training and {held_out} for evaluation"
     if len(read_clip(next(iter(clips.values())), max_frames=2)) == 1:
         return f"backgrounds {source}: a single picture, the same in training and evaluation"
-    cut = f", of a video the first {MAX_FRAMES} frames: the last tenth is for evaluation, the rest for training"
-    return f"backgrounds {source}: one clip{cut}"
+    clip = f"one clip, or the first {MAX_FRAMES} frames of one video"
+    return f"backgrounds {source}: {clip}; its last tenth is for evaluation, the rest for training"
 
 
 def fingerprint(source):

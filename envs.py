@@ -355,7 +355,7 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
                 return Box(low, high, dtype=np.float32)
             if space.dtype == np.uint8 and (axes == 2 or channels in ((1,), (3,))) or unit and channels == (3,):
                 return IMAGE
-            if floats and channels == (1,) and not unit and not -np.inf < low < 0 and high != 255:  # it might be grey
+            if floats and channels == (1,) and not unit and not -np.inf < low < 0 and high != 255:  # else grey?
                 return DEPTH
         raise ValueError(f"{self.name}: sensor {name!r} is {space}; allowed are vectors, images (channels last) of "
                          "uint8 in grey or colour or of floats within [0, 1] in colour, and depth (H, W, 1) of "

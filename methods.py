@@ -122,10 +122,10 @@ class Player:
             kind = np.uint8 if len(shape) == 3 and shape[-1] > 1 else np.float32
             given[name] = torch.as_tensor(arrays.get(name, np.zeros(shape, kind)), device=self.agent.device)[None]
         present = torch.tensor([[name in arrays for name in self.sensors]], device=self.agent.device)
+        check_observation({k: x[None] for k, x in given.items()}, present[None], self.memory.action[None], self.sensors)
         if action is not None:
             action = np.reshape(np.float32(action), self.memory.action.shape)
             self.memory = self.memory._replace(action=torch.tensor(action, device=self.agent.device))
-        check_observation({k: x[None] for k, x in given.items()}, present[None], self.memory.action[None], self.sensors)
         if self.trust:
             present = self.trust(self.memory, given, present, self.first)
         filtered = self.agent.filter(self.memory, given, present, self.first)

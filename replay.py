@@ -167,7 +167,7 @@ class Replay:
     def sample(self, batch_size, length, rng):
         """Sequences of consecutive rows, drawn uniformly from all that lie inside one episode.
 
-        Where `continues` is kept, an episode's last is drawn `length` times as often, and so its end as any other step.
+        Where `continues` is kept, an episode's last one counts `length` times: its end is drawn as often as its middle.
         returns  {key: (T, B, ...)}
         Raises ValueError if no episode is long enough.
         """

@@ -99,7 +99,7 @@ def learn(agent, batches, config, log, progress, check):
         log.learning(progress.steps)
         if progress.updates <= config.first_updates:
             log.show(progress.steps, f"learning {progress.updates} of {config.first_updates}")
-        if progress.updates == config.model_updates + 2 and agent.device.type == "cpu":  # a whole one
+        if progress.updates == config.model_updates + 2 and agent.device.type == "cpu":  # the second whole one
             left = (updates_due(config, config.steps) - progress.updates) * (time.perf_counter() - started)
             text = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.0f} min" if left > 60 else "a minute"
             say(f"no GPU: the updates left will take about {text} on this CPU")

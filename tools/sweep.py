@@ -92,9 +92,9 @@ def plan(options, rest):
 def check_same(folder, config):
     """Raises ValueError where the folder holds another run than the one asked for."""
     was = vars(load_config(folder))
+    late = {"act_by"} if finished(folder, config) else set()  # its evaluations would stay as they are
     for name, value in vars(config).items():
-        late = finished(folder, config) and name in ("act_by", "backgrounds")  # too late for its evaluations
-        if (late or name not in (*MAY_CHANGE, "name")) and was[name] != value:
+        if name not in {*MAY_CHANGE, "name"} - late and was[name] != value:
             raise ValueError(f"{folder} was trained with --{name.replace('_', '-')} {was[name]}, not {value}: give the "
                              "same options again, or another --runs")  # fmt: skip
 
@@ -109,7 +109,7 @@ def finished(folder, config):
 
 
 def describe(configs, left):
-    """The plan in words: how many runs are `left`, by their folders, and how long they take if that was measured."""
+    """The plan in words: how many runs there are, how many of them are `left`, and their hours if measured."""
     folder, size = next(iter(configs)).parent, [*MODEL, "batch_size", "batch_length", "horizon"]
     lines = [f"{len(configs)} runs in {folder}, of which {len(configs) - len(left)} are finished."]
     large = [configs[f] for f in left if all(getattr(configs[f], name) == getattr(Config(), name) for name in size)]
