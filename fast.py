@@ -179,34 +179,6 @@ def use_step_linear(*nets):
         layer.__class__ = StepLinear
 
 
-class GRU(torch.autograd.Function):
-    """`mssm.gru` with both gates in one operation, on the way back too. On a CPU small operations cost their number."""
-
-    @staticmethod
-    def forward(ctx, from_x, from_h, h):
-        size, ctx.dtype = 2 * h.shape[-1], from_x.dtype
-        from_x, from_h = from_x.to(h.dtype), from_h.to(h.dtype)
-        gates = torch.sigmoid(from_x[..., :size] + from_h[..., :size])
-        reset, update = gates.chunk(2, -1)
-        h_candidate = from_h[..., size:]
-        candidate = torch.addcmul(from_x[..., size:], reset, h_candidate)
-        candidate = candidate.mul_(2).sigmoid_().mul_(2).sub_(1)  # torch's tanh is ten times slower than its sigmoid
-        ctx.save_for_backward(gates, candidate, h_candidate, h)
-        return torch.lerp(candidate, h, update)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        refuse_second_derivatives()
-        gates, candidate, h_candidate, h = ctx.saved_tensors
-        reset, update = gates.chunk(2, -1)
-        to_h = gradient * update
-        to_candidate = torch.ops.aten.tanh_backward(gradient - to_h, candidate)
-        to_gates = torch.cat([to_candidate * h_candidate, gradient * (h - candidate)], -1)
-        to_gates = torch.ops.aten.sigmoid_backward(to_gates, gates).to(ctx.dtype)
-        to_h_candidate, to_candidate = (to_candidate * reset).to(ctx.dtype), to_candidate.to(ctx.dtype)
-        return torch.cat([to_gates, to_candidate], -1), torch.cat([to_gates, to_h_candidate], -1), to_h
-
-
 def plain(layer):
     """A layer of a group of `loop` with all of its parameters."""
     return {layer: (layer.weight, layer.bias)}
@@ -251,21 +223,22 @@ class PresentRows(nn.Sequential):
         return y if x.ndim == 4 else y.unflatten(0, x.shape[:-1])
 
 
-class FastConv(nn.Conv2d):
-    """The 4x4 convolutions of stride 2 in the forms whose gradients oneDNN computes faster, on a CPU."""
+class FastConvTranspose(nn.ConvTranspose2d):
+    """The transposed convolutions of stride 2 in the forms that oneDNN computes faster, on a CPU."""
 
     def forward(self, x):
-        _, c, height, width = x.shape
-        if x.device.type != "cpu" or (c > 16 and height > 6):
+        (_, c, k, _), width = self.weight.shape, x.shape[-1]
+        if x.device.type != "cpu" or width > 1 and c > (16 if x.dtype == torch.bfloat16 else 8):
             return super().forward(x)
-        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last, as in memory
-        if height == 6:  # four windows: a product
-            windows = [x[:, i : i + 4, j : j + 4] for i in (0, 2) for j in (0, 2)]
-            y = F.linear(torch.stack(windows, 1).flatten(2), weight.flatten(1), self.bias)
-            return y.unflatten(1, (2, 2)).permute(0, 3, 1, 2)
-        x = x[:, :, : width // 2 * 2].unflatten(2, (-1, 2)).flatten(3)  # two pixels are one of twice the channels
-        weight = weight.unflatten(2, (-1, 2)).flatten(3)
-        return F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), self.bias, stride=(2, 1))
+        if width == 1:  # a product
+            y = F.linear(x.flatten(1), self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(k * k))
+            return y.unflatten(1, (k, k, c)).permute(0, 3, 1, 2)
+        # Pixel 2 i + p is the sum of x[i - j] weight[2 j + p] over j = 0, 1, 2: one convolution gives every p.
+        weight = F.pad(self.weight, (0, k % 2, 0, k % 2)).unflatten(2, (3, 2)).unflatten(4, (3, 2)).flip(2, 4)
+        weight = weight.permute(3, 5, 1, 0, 2, 4).flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(F.pad(x, (2, 2, 2, 2)), weight, self.bias.repeat(4)).permute(0, 2, 3, 1)  # channels (p, p, c)
+        y = torch.stack(y.split(2 * c, -1), 2).flatten(1, 2).unflatten(3, (2, c)).flatten(2, 3)
+        return y[:, : 2 * width + k - 2, : 2 * width + k - 2].permute(0, 3, 1, 2)
 
 
 class FastMSSM(MSSM):
@@ -278,14 +251,8 @@ class FastMSSM(MSSM):
         use_step_linear(self.transition_in, self.gru_x, self.gru_h, self.prior_net, self.posterior_net)
         for network in (*self.encoders, *getattr(self, "experts", ()), *getattr(self, "decoders", ())):
             network.__class__ = PresentRows
-        for layer in (layer for layer in self.encoders.modules() if isinstance(layer, nn.Conv2d)):
-            layer.__class__ = FastConv
-
-    def transition(self, state, action):
-        if state.h.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().transition(state, action)
-        x = F.elu(self.transition_in(torch.cat([state.s_c, action], -1)))
-        return GRU.apply(self.gru_x(x), self.gru_h(state.h), state.h)
+        for layer in (layer for layer in self.modules() if isinstance(layer, nn.ConvTranspose2d)):
+            layer.__class__ = FastConvTranspose
 
     def encode(self, observation, present):
         with present_rows(self.encoders, present):

@@ -412,23 +412,14 @@ def test_there_are_at_most_16_numbers_of_rows(monkeypatch):
     assert len(seen) <= 16 and max(seen) == 100 and min(seen) == 7
 
 
-@pytest.mark.parametrize("channels, size", [(1, 64), (3, 64), (8, 31), (16, 14), (20, 14), (32, 6)])
-def test_convolutions_in_other_forms_are_the_same(float64, channels, size):
-    layer, x = torch.nn.Conv2d(channels, 5, 4, stride=2), torch.randn(2, channels, size, size, requires_grad=True)
-    inputs = x, layer.weight, layer.bias
-    expected = layer(x)
-    weights = torch.randn_like(expected)
-    gradients = torch.autograd.grad((expected * weights).sum(), inputs)
-    layer.__class__ = fast.FastConv
-    actual = layer(x)
-    relative([actual, *torch.autograd.grad((actual * weights).sum(), inputs)], [expected, *gradients], 1e-10)
-
-
-def test_the_gru_of_one_operation_is_the_gru(float64):
-    inputs = [torch.randn(4, size, requires_grad=True) for size in (15, 15, 5)]
-    results = [function(*inputs) for function in (fast.GRU.apply, mssm.gru)]
-    gradients = [torch.autograd.grad(result.sin().sum(), inputs) for result in results]
-    relative([results[0], *gradients[0]], [results[1], *gradients[1]], 1e-10)
+@pytest.mark.parametrize("channels, size, kernel", [((3, 2), 1, 5), ((4, 8), 5, 5), ((2, 3), 13, 6), ((3, 1), 30, 6), ((4, 9), 5, 5)])
+def test_transposed_convolutions_in_other_forms_are_the_same(float64, channels, size, kernel):
+    layer, x = torch.nn.ConvTranspose2d(*channels, kernel, stride=2), torch.randn(2, channels[0], size, size, requires_grad=True)
+    results = []
+    for layer.__class__ in (torch.nn.ConvTranspose2d, fast.FastConvTranspose):
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), (x, layer.weight, layer.bias))])
+    relative(*results, 1e-10)
 
 
 # ---- 4. What a GPU compiles ----------------------------------------------------------------------
