@@ -221,12 +221,8 @@ def defaults(task, preset, device):
 def command_line(arguments, default, description=""):
     """The configuration `default` as the command line changes it; --help shows one box a group."""
     groups = {group.__name__.lower(): group for group in reversed(Config.__bases__)}
-    nested = make_dataclass(
-        "Options", [(name, tyro.conf.OmitArgPrefixes[group]) for name, group in groups.items()]  # type: ignore
-    )  # fmt: skip
-    defaults = {
-        name: group(**{f.name: getattr(default, f.name) for f in fields(group)}) for name, group in groups.items()
-    }  # fmt: skip
+    boxes = make_dataclass("Options", [(x, tyro.conf.OmitArgPrefixes[g]) for x, g in groups.items()])  # type: ignore
+    own = {x: group(**{f.name: getattr(default, f.name) for f in fields(group)}) for x, group in groups.items()}
     asked_for_help = not {"-h", "--help"}.isdisjoint(arguments)
     whole = [field.name.replace("_", "-") for field in fields(Config) if field.type is int]
     arguments = [*arguments]  # --steps 1e5 is a whole number, too
@@ -235,7 +231,7 @@ def command_line(arguments, default, description=""):
             arguments[i + 1] = str(int(float(value)))
     try:
         print(description + "\n" if asked_for_help else "", end="")
-        given = tyro.cli(nested, args=arguments, default=nested(**defaults), description="")
+        given = tyro.cli(boxes, args=arguments, default=boxes(**own), description="")
     finally:
         print(EXAMPLES if asked_for_help else "", end="")
     return Config(**{name: value for group in groups for name, value in vars(getattr(given, group)).items()})

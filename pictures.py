@@ -57,6 +57,7 @@ def bars(values, limits, texts, side=128, gap=2, limit=None):
     limit  a value at which to draw a line, too
     """
     (low, high), picture, height = limits, np.full((side, side, 3), 30, np.uint8), side - STRIP
+    gap = min(gap, side // (3 * len(values)))
     row = lambda value: round((height - 1) * float((high - np.clip(value, low, high)) / (high - low)))  # noqa: E731
     for i, value in enumerate(values):
         if not np.isnan(value):

@@ -89,6 +89,12 @@ def test_bars_are_as_long_as_their_values(value, low, high):
     assert bar.min() >= zero if value < 0 else bar.max() <= zero
 
 
+@pytest.mark.parametrize("count", [2, 64, 65, 128, 348])
+def test_every_value_has_a_bar_as_far_as_there_are_pixels(count):
+    picture = pictures.bars(np.ones(count), (0, 1), [])
+    assert (picture[10] == GREEN).all(-1).sum() >= min(count, 128) and (picture[10, -3:] == GREEN).all(-1).any()
+
+
 def test_what_is_no_number_has_no_bar():
     picture = pictures.bars(np.array([np.nan, 1.0]), (0, 1), [])
     assert len(rows_of(picture, GREEN, 10)) == 0 and len(rows_of(picture, GREEN, 100)) > 100

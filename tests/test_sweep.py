@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_reliability import TOY, assert_equal_runs, run
@@ -137,6 +138,9 @@ def test_what_would_change_the_evaluation_of_a_finished_run_is_refused():
     sweep.check_same(folder, dataclasses.replace(config, eval_every=1))
     with pytest.raises(ValueError, match="was trained with --act-by mode, not sample"):
         sweep.check_same(folder, dataclasses.replace(config, act_by="sample"))
+    np.save("clips.npy", np.zeros((3, 30, 64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="clips.npy hold other clips than those of"):
+        sweep.check_same(folder, dataclasses.replace(config, backgrounds="clips.npy"))
 
 
 # ---- 2. On a cluster of three nodes ----

@@ -30,7 +30,7 @@ import torch
 import tyro
 
 import evaluate
-from checkpoint import Fault, Stopped, StopSignals, create_folder, fail, say, write_config
+from checkpoint import Fault, Stopped, StopSignals, check_backgrounds, create_folder, fail, say, write_config
 from config import MAY_CHANGE, Config, check, check_comparable, load_config, parse
 from methods import MODEL
 from tools import output_files, plot
@@ -92,7 +92,10 @@ def plan(options, rest):
 def check_same(folder, config):
     """Raises ValueError where the folder holds another run than the one asked for."""
     was = vars(load_config(folder))
-    late = {"act_by"} if finished(folder, config) else set()  # its evaluations would stay as they are
+    late = set()
+    if finished(folder, config):  # its evaluations would stay as they are
+        late = {"act_by"}
+        check_backgrounds(folder, config.backgrounds)
     for name, value in vars(config).items():
         if name not in {*MAY_CHANGE, "name"} - late and was[name] != value:
             raise ValueError(f"{folder} was trained with --{name.replace('_', '-')} {was[name]}, not {value}: give the "
