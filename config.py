@@ -143,8 +143,8 @@ TOY: dict = dict(
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
     model_lr=3e-3, actor_lr=2e-4, critic_lr=3e-4, reward_weight=5.0, free_nats=1.0, initial_std=1.0, log_every=50,
 )  # fmt: skip
-# Table Wiping: section VI's length and Appendix B's s^f of 256, concatenated 512. Only encoders this
-# narrow have 256 features.  Dev. D16, D18
+# Table Wiping: section VI's length, Appendix B's s^f of 256 and Appendix C's 512, concatenated. Only encoders
+# this narrow have 256 features.  Dev. D16, D18
 WIPING = dict(steps=1_000_000, d_f=256, channels=8)
 # Networks, batches and rates with which one CPU core learns the paper's tasks in an hour or two. Random actions are
 # held and the model learns alone at first: else the actor saturates before there is a reward to learn.

@@ -1,4 +1,4 @@
-"""Seconds of two runs and their evaluations, started by hand and then by sweep.py, as JSON.
+"""Seconds of two runs and their evaluations, started by hand and then by tools.sweep, as JSON.
 
     python results/sweep/overhead.py <options of train.py>...       # as root, Linux with control groups (version 1)
 
@@ -39,7 +39,7 @@ def main(options):
     rest = shlex.join(options)
     bare = [f"(python {ROOT}/train.py --task toy --seed {seed} {rest}; python {ROOT}/evaluate.py runs/toy-mummi-{seed}) &"
             for seed in (1, 2)]  # fmt: skip
-    swept = [f"python {ROOT}/sweep.py --tasks toy --methods mummi --seeds 1 2 --runs swept {rest}"]
+    swept = [f"PYTHONPATH={ROOT} python -m tools.sweep --tasks toy --methods mummi --seeds 1 2 --runs swept {rest}"]
     with tempfile.TemporaryDirectory() as folder:
         ways = {"bare": seconds("bare", [*bare, "wait"], folder), "sweep": seconds("sweep", swept, folder)}
     overhead = {kind: round(100 * (ways["sweep"][kind] / ways["bare"][kind] - 1), 1) for kind in ("cpu", "wall")}
