@@ -59,8 +59,8 @@ def say(text, file=None):
 
 def mute(file):
     """Send what is still to be written to a file that nobody reads to nowhere, so that Python's exit does not fail."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    with suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
 
 
 class Fault(Exception):
@@ -168,15 +168,17 @@ def write_config(folder, config):
     write_file(folder / "config.json", (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
-def lock(file):
-    """Lock an open file, if its file system has locks. Raises ValueError while another process has it."""
+def open_locked(path):
+    """A file to append to, locked if its file system has locks. Raises ValueError while another process has it."""
+    file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        folder = Path(file.name).parent
-        raise ValueError(f"{folder} is in use by another process: wait until it ends, or stop it") from error
+        file.close()
+        raise ValueError(f"{path.parent} is in use by another process: wait until it ends, or stop it") from error
     except OSError:
         pass
+    return file
 
 
 def create_folder(folder, config):
@@ -226,12 +228,7 @@ class Log:
 
     def __init__(self, folder, total):
         self.folder, self.board, self.purge_step = folder, None, None
-        self.file = open(folder / "metrics.jsonl", "ab", buffering=0)
-        try:
-            lock(self.file)
-        except ValueError:
-            self.file.close()
-            raise
+        self.file = open_locked(folder / "metrics.jsonl")
         self.pending = defaultdict(list)
         self.batch = None  # the last one
         self.learnt = None  # (time, steps) of the first learnt step
@@ -283,7 +280,9 @@ class Log:
         if "train_return" in values:
             self.show(steps, f"return {values['train_return']:.4g}")
         if self.learnt:
-            self.board.add_scalar("speed/steps_per_second", self.steps_per_second(steps), steps)
+            began, first = self.learnt
+            speed = (steps - first) / max(time.monotonic() - began, 1e-9)
+            self.board.add_scalar("speed/steps_per_second", speed, steps)
         for name, value in values.items():
             group = next(group for group, starts in GROUPS.items() if name.startswith(starts))
             self.board.add_scalar(f"{group}/{name}", value, steps)
@@ -315,11 +314,6 @@ class Log:
             self.learnt = time.monotonic(), steps
             self.bar.initial, self.bar.start_t = self.bar.n, self.bar._time()
             self.bar.last_print_t = self.bar.start_t
-
-    def steps_per_second(self, steps):
-        """Environment steps a second since the first learnt step."""
-        began, first = self.learnt or (time.monotonic(), steps)
-        return (steps - first) / max(time.monotonic() - began, 1e-9)
 
     def state_dict(self):
         """Where the file ends, and what waits for the next line."""
@@ -383,18 +377,18 @@ def restore(folder, agent, replay, rng, log):
     if path is None:
         log.load_state_dict({"bytes": 0, "pending": {}}, -1, agent.device)
         return Progress()
+    if "replay" not in state:
+        raise ValueError(f"{path} holds weights alone: evaluate it, or put back a whole checkpoint")
     agent.load_state_dict(state["agent"])
     if lost := replay.load_state_dict(state["replay"]):
         say(f"{lost} episodes of {path} are gone: going on without them", sys.stderr)
-    if "log" in state:
-        log.load_state_dict(state["log"], state["steps"], agent.device)
+    log.load_state_dict(state["log"], state["steps"], agent.device)
     rng.bit_generator.state = state["rng"]
     torch.set_rng_state(state["torch_rng"])
-    for device, value in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(value, device)
+    torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
     if path.name != "checkpoint.pt":
         os.replace(path, folder / "checkpoint.pt")  # the next one must not push out the intact one
-    return Progress(state["steps"], state["updates"], state.get("evaluated", state["steps"]))
+    return Progress(state["steps"], state["updates"], state["evaluated"])
 
 
 def newest_checkpoint(folder):

@@ -259,7 +259,7 @@ def make_config(values, source):
         raise ValueError(f"{source} has {unknown[0]!r}, which this version does not know: use the one that wrote it")
     for name, value in values.items():
         if kinds[name] is float and (type(value) in (int, float) or value in ("inf", "-inf", "nan")):
-            values = values | {name: float(value)}
+            values = values | {name: float(str(value))}  # of an integer of any length
         elif name == "weights" and isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
             values = values | {name: tuple(value)}
         elif type(value) is not kinds[name]:
@@ -275,17 +275,13 @@ def check(config):
     def refuse(name, allowed):
         raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: give {allowed}")
 
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is float and field.name != "absent_logit" and not math.isfinite(value):
-            refuse(field.name, "a number")
     for names, (least, most) in RANGES.items():
         for name in names.split():
             if not least <= getattr(config, name) <= most:
                 refuse(name, f"{least} to {most}")
     for name in POSITIVE:
-        if not getattr(config, name) > 0:
-            refuse(name, "more than 0")
+        if not 0 < getattr(config, name) < math.inf:
+            refuse(name, "a number above 0")
     if config.steps < config.prefill:
         refuse("steps", f"at least --prefill {config.prefill}: nothing is learnt before")
     if not config.absent_logit < math.inf:

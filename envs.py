@@ -125,9 +125,9 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
     seed             of the first `reset()`
 
     Observations are a dictionary: each sensor's reading, zero where missing, and `present` (M,) last. `missing`
-    (steps, M) is the schedule; `render()` gives a picture that no failure spoils, and so does `view()`, but only where
-    `filmed` is set: a vector environment asks all of its environments, and films one. Before each step, `env.wanted` is
-    set to the names of the sensors that work: the environment need not render the others.
+    (steps, M) is the schedule; `render()` gives a picture that no failure spoils. `view(seed)` does so where that was
+    the seed of the last seeded reset: of a vector environment, one is filmed. Before each step, `env.wanted` is set to
+    the names of the sensors that work: the environment need not render the others.
     """
 
     def __init__(self, env, missing_rate=0.375, missing_process="exact", remove=(), seed=None):
@@ -152,18 +152,14 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         # A missing sensor reads zero, wherever its own range lies.
         spaces = [(s, Box(np.minimum(x.low, 0), np.maximum(x.high, 0), dtype=x.dtype)) for s, x in self.sensors.items()]
         self.observation_space = Dict([*spaces, ("present", MultiBinary(len(spaces)))])
-        known = {"action_repeat": 1, "episode_steps": None, "can_terminate": True}
-        self.action_repeat, steps, self.can_terminate = (
-            env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default for name, default in known.items()
-        )
-        self.episode_steps = (env.spec.max_episode_steps if env.spec else None) or steps
-        self.first_seed, self.generator, self.under_way, self.filmed = seed, None, False, False
+        self.action_repeat, self.can_terminate = said(env, "action_repeat", 1), said(env, "can_terminate", True)
+        self.episode_steps, self.first_seed, self.generator, self.under_way = time_limit(env), seed, None, False
 
     def reset(self, *, seed=None, options=None):
         """Start an episode; a seed reseeds the environment and the missing data."""
         seed, self.first_seed = self.first_seed if seed is None else seed, None
         if seed is not None or self.generator is None:
-            self.generator = np.random.default_rng(seed)
+            self.generator, self.seed = np.random.default_rng(seed), seed
         # `World` takes the first child of an equal generator: one seed gives the same world at every missing rate.
         _, self.missing_rng = self.generator.spawn(2)
         self.missing, self.t = self.draw_missing(), 0
@@ -184,8 +180,8 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         self.under_way = not (terminated or truncated)
         return self.observe(observation), reward, terminated, truncated, info
 
-    def view(self):
-        return self.render() if self.filmed and self.render_mode == "rgb_array" else None
+    def view(self, seed):
+        return self.render() if seed == self.seed and self.render_mode == "rgb_array" else None
 
     def draw_missing(self):
         """(steps, M) bool: an episode's schedule, or that of the next BLOCK steps where there is no time limit."""
@@ -202,6 +198,16 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         zeros = {name: np.zeros(space.shape, space.dtype) for name, space in self.sensors.items()}
         seen = {name: readings[name] for name in self.working() if np.isfinite(readings.get(name, np.nan)).all()}
         return zeros | seen | {"present": np.array([name in seen for name in self.sensors], np.int8)}
+
+
+def said(env, name, default):
+    """What an environment says of itself in an attribute, its own or a wrapper's."""
+    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
+
+
+def time_limit(env):
+    """Decisions of an episode: the registered limit, else the attribute `episode_steps`; None without a limit."""
+    return (env.spec.max_episode_steps if env.spec else None) or said(env, "episode_steps", None)
 
 
 class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
@@ -222,7 +228,7 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
 
     def __init__(self, env, faults, rate=0.5, another=None):
         self.env: Any
-        RecordConstructorArgs.__init__(self, faults=faults, rate=rate, another=another)
+        RecordConstructorArgs.__init__(self, faults=faults, rate=rate, another=another, _disable_deepcopy=True)
         gymnasium.Wrapper.__init__(self, env)
         self.sensors, self.faults = dict(env.observation_space.items()), dict(faults)
         self.rate, self.another = rate, another
@@ -236,17 +242,15 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
                 raise ValueError(f"{name}=other: give `another` environment, whose readings these are")
         if not 0 <= rate < 1:
             raise ValueError(f"the rate of faults is {rate}; choose one in [0, 1)")
-        self.wanted, self.generator = list(self.sensors), None
+        self.wanted, self.generator, self.episode_steps = list(self.sensors), None, time_limit(env)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None or self.generator is None:
             self.generator = np.random.default_rng(seed)
         *_, self.rng = self.generator.spawn(3)  # the first two are `World`'s and `MissingSensors`'
-        steps = self.env.get_wrapper_attr("episode_steps") if self.env.has_wrapper_attr("episode_steps") else None
-        steps = steps + 1 if steps else BLOCK
+        steps, self.t = self.episode_steps + 1 if self.episode_steps else BLOCK, 0
         schedules = {s: missing_schedule(steps, self.rate, MAX_SEGMENT, self.rng) for s in self.faults}
-        never = np.zeros(steps, bool)
-        self.lies, self.t = np.stack([schedules.get(s, never) for s in self.sensors], 1), 0  # (steps, M)
+        self.lies = np.stack([schedules.get(s, np.zeros(steps, bool)) for s in self.sensors], 1)  # (steps, M)
         self.good: dict = {name: deque(maxlen=DELAY + 1) for name in self.faults}  # a sensor's last true readings
         self.manner: dict = {}  # how a sensor lies in this segment
         self.env.wanted = {*self.wanted, *self.faults}
@@ -271,6 +275,9 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         """The observation with this step's lies, and the truth about them in `info`."""
         lying = dict(zip(self.sensors, self.lies[self.t % len(self.lies)]))  # a ring: it goes round without a limit
         for name, fault in self.faults.items():
+            if name not in observation or (fault == "other" and name not in self.others):  # no number
+                lying[name] = False
+                continue
             x, box = observation[name], self.sensors[name]
             lying[name] &= fault != "frozen" or len(self.good[name]) > 0  # else there is nothing to repeat as yet
             if fault == "delayed" or not lying[name]:
@@ -309,7 +316,7 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
             self.another.close()
 
 
-class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
+class FitSpaces(gymnasium.ObservationWrapper, RecordConstructorArgs):
     """Bring anybody's environment into the forms that the model reads.
 
     sensors  the boxes of a `Dict`, nested names joined by dots; or one `Box`, which becomes `state`
@@ -361,18 +368,13 @@ class FitSpaces(gymnasium.Wrapper, RecordConstructorArgs):
                          "uint8 in grey or colour or of floats within [0, 1] in colour, and depth (H, W, 1) of "
                          "floats in metres: wrap the environment in one that converts it")  # fmt: skip
 
-    def reset(self, *, seed=None, options=None):
-        observation, info = self.env.reset(seed=seed, options=options)
-        return self.fitted(observation), info
-
     def step(self, action):
         box = self.env.action_space
         share = (np.clip(np.float64(action), -1, 1).reshape(box.shape) + 1) / 2
         action = np.clip(box.low + share * (box.high - box.low), box.low, box.high).astype(box.dtype)
-        observation, *rest = self.env.step(action)
-        return self.fitted(observation), *rest
+        return super().step(action)
 
-    def fitted(self, observation):
+    def observation(self, observation):
         """Every reading in its form; `camera` only if it is wanted."""
         readings = dict(flatten(observation))
         if self.camera and "camera" in self.wanted:
@@ -552,8 +554,7 @@ class ControlSuite(World):
     def __init__(self, domain, task, action_size, touch_size, draw_background):
         touch = Box(0, 20, (touch_size,), np.float32)  # e^20 newtons are never reached
         super().__init__({"rgb": IMAGE, "depth": DEPTH, "touch": touch}, action_size)
-        self.domain, self.task, self.draw_background = domain, task, draw_background
-        self.environment = None
+        self.domain, self.task, self.draw_background, self.environment = domain, task, draw_background, None
 
     def load(self):
         """Build the simulator and its camera."""
@@ -784,7 +785,7 @@ def make_gymnasium(task, task_kwargs):
         os.environ.setdefault(driver, "dummy")
     try:
         env = gymnasium.make(task, **task_kwargs)
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
+    except (gymnasium.error.Error, ImportError, TypeError, AssertionError) as error:
         line = " ".join(str(error).split())
         raise ValueError(f"task is {task!r}; choose from {', '.join(TASKS)}, or give an id that gymnasium.make "
                          f"knows, as package:id where a package registers it ({line})") from error  # fmt: skip
@@ -937,4 +938,3 @@ if __name__ == "__main__":
             _, reward, _, _, info = env.step(scripted_toy_action(info["position"]))
             rewards.append(reward)
         print(f"    scripted return {sum(rewards):.1f}, missing {env.missing.mean(0)}")
-    print("background", next(procedural_video(scene=0)).shape)

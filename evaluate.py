@@ -97,7 +97,6 @@ def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False, tru
     """
     with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
         torch.manual_seed(episode_seeds[0])
-        envs.set_attr("filmed", [film] + [False] * (envs.num_envs - 1))
         observation, info = envs.reset(seed=episode_seeds)
         memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
         first, running = np.ones(envs.num_envs, bool), np.ones(envs.num_envs, bool)
@@ -112,7 +111,7 @@ def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False, tru
                 seen[-1] |= {"trusted": observation["present"], "suspicion": trust.suspicion.cpu().numpy()}
             action, memory = act(agent, memory, observation, first, explore=False)
             seen[-1]["action"] = action
-            if film and (picture := envs.call("view")[0]) is not None:
+            if film and (picture := envs.call("view", episode_seeds[0])[0]) is not None:
                 seen[-1]["rendered"] = square(picture, SIDE)
             observation, reward, terminated, truncated, info = envs.step(action)
             seen[-1]["reward"] = np.where(running, reward, np.nan)
@@ -218,11 +217,11 @@ def detection(seen, m):
                     segments += [] if lied else [[]]
                     segments[-1].append(trusted)
                 lied = lying
-    suspicion, trusted, lying = np.array(told).T
+    suspicion, trusted, lying = np.reshape(told, (-1, 3)).T
     lies, honest, lying = suspicion[lying > 0], suspicion[lying == 0], lying > 0
     delays = [segment.index(0) for segment in segments if 0 in segment]
     share = lambda x: float(np.mean(x)) if len(x) else math.nan  # noqa: E731
-    edges = np.unique(np.quantile(suspicion, np.linspace(0, 1, 101), method="lower"))[::-1]
+    edges = np.unique(np.quantile(suspicion, np.linspace(0, 1, 101), method="lower"))[::-1] if told else []
     roc = [[share(honest >= edge), share(lies >= edge)] for edge in edges]
     ranks = np.searchsorted(np.sort(honest), lies, "left") + np.searchsorted(np.sort(honest), lies, "right")
     return {

@@ -136,17 +136,12 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        refuse_second_derivatives()
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("a FastMSSM has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
         x, weight = ctx.saved_tensors
         steps = ctx.passed.setdefault(torch._C._current_graph_task_id(), [])  # this backward pass's own
         steps.append((x.detach(), gradient))  # with its graph, x would keep this node, and itself, alive
         return gradient @ weight, None, None, None
-
-
-def refuse_second_derivatives():
-    """Raises RuntimeError in a backward pass that is to be differentiated itself."""
-    if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError("a FastMSSM has no second derivatives (create_graph=True): use an MSSM, or --no-fast")
 
 
 class Parameters(torch.autograd.Function):

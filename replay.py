@@ -48,18 +48,14 @@ class Column:
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # what follows is not read next
         weakref.finalize(self, self.file.close)
         try:
-            np.lib.format.read_magic(self.file)
-            found, _, found_dtype = np.lib.format.read_array_header_1_0(self.file)
+            found = np.lib.format.open_memmap(path, "r")  # fails where a header is damaged or rows are missing
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if not found or found[0] < rows or found[1:] != self.shape or found_dtype != self.dtype:
+            raise ValueError(f"{path} is damaged: {error}; put back a copy of the folder") from error
+        if not found.ndim or len(found) < rows or found.shape[1:] != self.shape or found.dtype != self.dtype:
             wanted = f"{(rows, *shape)} {self.dtype}"
-            raise ValueError(f"{path} holds {found} {found_dtype}, not {wanted}: use another folder")
-        self.rows, self.header = found[0], self.file.tell()
+            raise ValueError(f"{path} holds {found.shape} {found.dtype}, not {wanted}: use another folder")
+        self.rows, self.header = len(found), found.offset
         self.row_size = math.prod(shape) * self.dtype.itemsize  # bytes
-        size, needed = path.stat().st_size, self.header + self.rows * self.row_size
-        if size < needed:
-            raise ValueError(f"{path} is truncated to {size:,} of {needed:,} bytes: put back a copy of the folder")
 
     def read(self, first, out):
         """Fill `out` (L, ...), which is contiguous, with the rows from `first` on."""

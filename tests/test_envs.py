@@ -304,6 +304,11 @@ def test_a_float_picture_that_is_not_finite_is_missing_and_a_mask_of_0_and_1_is_
     reading = sensors.sample() | {"rgb": np.full((64, 64, 3), np.nan, np.float32)}
     arm.step = lambda action: (reading, 0.0, False, False, {})
     assert env.step(np.zeros(3))[0]["present"].tolist() == [int(name != "rgb") for name in env.sensors]
+    lying = envs.LyingSensors(envs.FitSpaces(arm), {"rgb": "black", "mask": "black"}, rate=0.99)
+    for env in (lying, envs.LyingSensors(envs.FitSpaces(Arm(lambda rng: 99, sensors)), {"rgb": "other"}, 0.99, envs.FitSpaces(arm))):
+        env.reset(seed=0)
+        observation, *_, info = env.step(np.zeros(3))
+        assert info["lying"][list(env.sensors).index("rgb")] == 0 and ("rgb" in observation) == (env is not lying)
 
 
 def test_the_registered_time_limit_counts_and_not_an_attribute_that_counts_steps():
@@ -312,6 +317,10 @@ def test_the_registered_time_limit_counts_and_not_an_attribute_that_counts_steps
     env = gymnasium.wrappers.TimeLimit(arm, 30)
     arm.spec = gymnasium.envs.registration.EnvSpec("Arm-v0", max_episode_steps=30)
     assert envs.MissingSensors(env).episode_steps == 30
+    lying = envs.make_env("Pendulum-v1", missing_rate=0, faults={"state": "black"})
+    lying.reset(seed=0)
+    told = [lying.step(np.zeros(1))[-1]["lying"][0] for _ in range(200)]
+    assert sum(told) + lying.env.lies[0, 0] == round(0.5 * 201)
 
 
 def test_an_environment_may_tell_its_attributes():
@@ -832,6 +841,7 @@ def test_actions_are_clipped(make, task):
     (dict(task="no_such_package:Reach-v0"), "no_such_package"),
     (dict(task="CartPole-v1"), "bounded Box"),
     (dict(task="Pendulum-v1", task_kwargs={"size": 3}), "size"),
+    (dict(task="Pendulum-v1", task_kwargs={"max_episode_steps": 0}), "max_episode_steps"),
 ])
 def test_wrong_arguments_are_explained(wrong, named):
     with pytest.raises(ValueError) as error:

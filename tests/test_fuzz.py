@@ -296,3 +296,7 @@ def test_no_file_descriptor_is_left_by_an_output_that_nobody_reads():
     with open(write, "w") as file:
         for _ in range(3):
             runs.say("±" * 10_000, file)
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        runs.mute(io.StringIO())  # what has no file descriptor
+    assert len(os.listdir("/proc/self/fd")) == files

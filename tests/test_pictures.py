@@ -261,7 +261,7 @@ def test_an_evaluation_is_the_same_filmed_or_not(task, task_kwargs, side, tmp_pa
         else:
             agent = Turning()
         results.append(evaluate.run_episodes(agent, vector, [5, 6], film=film))
-        assert vector.call("view")[1] is None
+        assert vector.call("view", 5)[1] is None
         vector.close()
     (returns, plain), (filmed_returns, filmed) = results
     np.testing.assert_array_equal(returns, filmed_returns)

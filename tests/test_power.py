@@ -196,7 +196,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_fast.test_the_gradient_for_all_steps_at_once_is_the_sum_over_the_steps),
     ("a bias without its gradient", fast.Parameters.backward, "gradient.sum(0)", "0 * gradient.sum(0)",
      test_fast.test_with_and_without_it_an_update_is_the_same),
-    ("second derivatives let through", fast.refuse_second_derivatives, "torch.is_grad_enabled()", "False",
+    ("second derivatives let through", fast.Step.backward, "torch.is_grad_enabled()", "False",
      test_fast.test_second_derivatives_are_refused_and_right_without_it),
     ("the inputs' errors taken for a GPU's", fast.FastAgent.run, "except ValueError:", "except KeyError:",
      test_fast.test_what_is_wrong_with_the_inputs_is_no_reason_to_go_on_plainly),

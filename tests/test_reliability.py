@@ -333,23 +333,25 @@ def test_stopped_in_an_evaluation_it_is_made_up_for(home, monkeypatch):
 # ---- 3. Faults ----
 
 
+@pytest.mark.parametrize("worker", [min, max], ids=["of training", "of evaluation"])
 @pytest.mark.parametrize("harm, said", [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not answered for 1 s")])
-def test_a_worker_killed_or_hung_ends_the_run_with_a_checkpoint(home, monkeypatch, capsys, harm, said):
+def test_a_worker_killed_or_hung_ends_the_run_with_a_checkpoint(home, monkeypatch, capsys, worker, harm, said):
     monkeypatch.setattr(envs.Workers, "TIMEOUT", 1)
     original, calls = Agent.update, []
 
     def update(*args, **_):
         calls.append(1)
         if len(calls) == 5:
-            os.kill(min(child.pid for child in multiprocessing.active_children()), harm)
+            os.kill(worker(child.pid for child in multiprocessing.active_children()), harm)
         return original(*args)
 
-    name = f"harmed-{int(harm)}"
+    name = f"harmed-{int(harm)}-{worker.__name__}"
     with monkeypatch.context() as patch:
         patch.setattr(Agent, "update", update)
         code, line = failure(lambda: run(*TOY, "--steps", 500, "--name", name), capsys)
     assert code == 1 and said in line
-    assert runs.load_checkpoint(f"runs/{name}")["updates"] == 5
+    updates = runs.load_checkpoint(f"runs/{name}")["updates"]
+    assert updates == 5 if worker is min else updates > 5
     assert multiprocessing.active_children() == []
     run("--resume", f"runs/{name}", "--steps", 200)
 
@@ -417,6 +419,12 @@ def test_a_run_on_a_small_disk(home, tmp_path, capfd):
         assert runs.load_checkpoint(tmp_path / "runs/small")["steps"] == 600
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_weights_alone_are_no_run_to_go_on_with(copy, capsys):
+    runs.save_weights(copy, copy / "checkpoint.pt")
+    code, line = failure(lambda: run("--resume", copy, "--steps", 600), capsys)
+    assert code == 2 and "holds weights alone" in line
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, capsys):
@@ -563,6 +571,7 @@ def test_the_configuration_is_strict_json(home):
     ('{"sample_s_f": 1}', "which is no bool"),
     ('{"precision": "half"}', "has precision 'half', which is unknown: it is one of ['auto', "),
     ('{"expert_power": 3}', "has expert_power 3, which is unknown: it is one of [1, 2]"),
+    ('{"discount": 1' + 400 * "0" + "}", "--discount inf is not allowed: give 0 to 1"),
     ("[1]", "holds no configuration"),
     ('{"task":', "is damaged"),
 ])  # fmt: skip

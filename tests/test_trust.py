@@ -378,6 +378,10 @@ def test_detection_counts_lies_segments_and_delays():
     found = evaluate.detection(seen, 0)
     assert (found["lies"], found["honest"], found["found"], found["delay"]) == (2 / 3, 1 / 3, 1.0, 0.5)
     assert math.isclose(found["area"], 8 / 9) and found["roc"][-1] == [1.0, 1.0]
+    for step in seen[0]:
+        step["present"] = 0 * step["present"]
+    found = evaluate.detection(seen, 0)
+    assert found.pop("roc") == [] and all(math.isnan(value) for value in found.values()), "never present"
 
 
 def test_a_player_can_be_told_to_trust(run):

@@ -9,18 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint import lock
+from checkpoint import open_locked
 from envs import die_with_parent
 
 
 def wait_until_free(folder, seconds=180):
     """Wait while a lost node's process still holds the run, or the file system its lock."""
-    with open(Path(folder) / "metrics.jsonl", "ab") as file:
-        for _ in range(seconds):
-            try:
-                return lock(file)
-            except ValueError:
-                time.sleep(1)
+    for _ in range(seconds):
+        try:
+            return open_locked(Path(folder) / "metrics.jsonl").close()
+        except ValueError:
+            time.sleep(1)
 
 
 if __name__ == "__main__":
