@@ -377,7 +377,7 @@ def restore(folder, agent, replay, rng, log):
     if path is None:
         log.load_state_dict({"bytes": 0, "pending": {}}, -1, agent.device)
         return Progress()
-    if "replay" not in state:
+    if not {"replay", "log", "evaluated", "rng", "torch_rng", "cuda_rng"} <= set(state):
         raise ValueError(f"{path} holds weights alone: evaluate it, or put back a whole checkpoint")
     agent.load_state_dict(state["agent"])
     if lost := replay.load_state_dict(state["replay"]):

@@ -275,7 +275,7 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         """The observation with this step's lies, and the truth about them in `info`."""
         lying = dict(zip(self.sensors, self.lies[self.t % len(self.lies)]))  # a ring: it goes round without a limit
         for name, fault in self.faults.items():
-            if name not in observation or (fault == "other" and name not in self.others):  # no number
+            if name not in observation or (fault == "other" and name not in self.others):  # it was not finite
                 lying[name] = False
                 continue
             x, box = observation[name], self.sensors[name]

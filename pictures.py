@@ -232,7 +232,7 @@ def open_loop_picture(model, seen, given=10, ahead=(1, 2, 4, 8, 12, 16, 24)):
         latents.append(model.latent(*state))
     decoded = model.decode(torch.cat(latents))  # {name: (T, ...)}
     for m, name in enumerate(sensors(seen)):
-        decoded[name] = decoded[name] * getattr(model, f"std_{m}") + getattr(model, f"mean_{m}")  # of a vector
+        decoded[name] = decoded[name] * getattr(model, f"std_{m}") + getattr(model, f"mean_{m}")  # a vector's units
     times = [0, given - 1] + [given - 1 + k for k in ahead if given - 1 + k < len(latents)]
     rows, limits = [], limits_of_vectors(seen)  # all rows, one after the other
     for m, name in enumerate(sensors(seen)):

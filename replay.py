@@ -49,7 +49,7 @@ class Column:
         weakref.finalize(self, self.file.close)
         try:
             found = np.lib.format.open_memmap(path, "r")  # fails where a header is damaged or rows are missing
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: {error}; put back a copy of the folder") from error
         if not found.ndim or len(found) < rows or found.shape[1:] != self.shape or found.dtype != self.dtype:
             wanted = f"{(rows, *shape)} {self.dtype}"

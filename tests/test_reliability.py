@@ -478,13 +478,16 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(copy, tmp_path, capsys, kind)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "garbage"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "garbage", "endless"])
 def test_a_damaged_replay_is_refused(copy, capsys, harm):
     path, before = copy / "replay" / "camera.npy", (copy / "checkpoint.pt").read_bytes()
     if harm == "truncated":
         os.truncate(path, 100_000)
     elif harm == "missing":
         path.unlink()
+    elif harm == "endless":
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**30, 64, 64, 3)})
     else:
         path.write_bytes(b"no array" * 100)
     code, line = failure(lambda: run("--resume", copy, "--steps", 600), capsys)
