@@ -187,7 +187,7 @@ class Agent:
     model, objective      see the module's docstring
     action_size           A
     horizon               H imagined steps, 2 or more
-    discount              of Eq. (19)
+    discount              of a reward one step later
     return_lambda         lambda of Eq. (19)
     continuation          the model's `continuation` tells where episodes end, [Dreamer].  Dev. D22
     initial_std           of the untrained actor, before tanh

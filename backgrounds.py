@@ -179,6 +179,8 @@ def read_array(path):
                 array = np.asarray(ArrayUnpickler(file).load())
     except Exception as error:  # a damaged pickle raises whatever it likes
         raise ValueError(f"backgrounds {path} are not an array: {error}") from error
+    if array.ndim in (4, 5) and array.shape[-3:] == (3, SIZE, SIZE):  # CVRL's have the colours first
+        array = np.moveaxis(array, -3, -1)
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-3:] != (SIZE, SIZE, 3) or not array.size:
         raise ValueError(f"backgrounds {path} are {array.dtype} {array.shape}; needed are uint8 "
                          "(frames, 64, 64, 3) or (videos, frames, 64, 64, 3)")  # fmt: skip

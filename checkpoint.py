@@ -161,6 +161,13 @@ def write_file(path, data):
     os.close(directory)
 
 
+def write_tensors(path, values):
+    """What torch.save writes, which by itself is not safe on a full disk."""
+    data = io.BytesIO()
+    torch.save(values, data)
+    write_file(path, data.getbuffer())
+
+
 def write_config(folder, config):
     """config.json, in strict JSON: what is not finite is written as a string, like "-inf"."""
     values = asdict(replace(config, resume=""))
@@ -257,7 +264,7 @@ class Log:
         pending = [(age, name, x) for name, values in self.pending.items() for age, x in enumerate(reversed(values))]
         faults = [(age, name) for age, name, x in pending if not math.isfinite(x)] or [(0, "their sum")]
         first = max(faults)[0]
-        torch.save(self.batch, self.folder / "batch.pt")
+        write_tensors(self.folder / "batch.pt", self.batch)
         raise Fault(f"not finite, {first} updates ago: {', '.join(n for age, n in faults if age == first)}; the last "
                     f"batch is in {self.folder}/batch.pt; --resume goes on from the checkpoint, with --log-every 1 it "
                     "stops at the very batch")  # fmt: skip
@@ -351,11 +358,9 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
     }  # fmt: skip
     if progress.steps >= config.steps and agent.model.fusion == "product" and replay.episodes:
         state["usual"] = measure(agent.model, replay)
-    data = io.BytesIO()  # torch itself is not safe on a full disk
-    torch.save(state, data)
     replay.flush()
     path = folder / "checkpoint.pt"
-    write_file(folder / "checkpoint.new.pt", data.getbuffer())
+    write_tensors(folder / "checkpoint.new.pt", state)
     if path.exists():
         os.replace(path, folder / "checkpoint.previous.pt")
     os.replace(folder / "checkpoint.new.pt", path)
@@ -363,12 +368,11 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
 
 def save_weights(folder, path):
     """Write what `evaluate.py` and `load_agent` need of a trained run into one small file, its matrices as float16."""
-    state, data, small = load_checkpoint(folder), io.BytesIO(), lambda x: x.half() if x.dim() > 1 else x
+    state, small = load_checkpoint(folder), lambda x: x.half() if x.dim() > 1 else x
     networks = {name: state["agent"][name] for name in ("model", "actor", "critic")}
     state["agent"] = {name: {key: small(x) for key, x in network.items()} for name, network in networks.items()}
     kept = {"config", "steps", "updates", "agent", "modalities", "action_size", "usual"} & set(state)
-    torch.save({name: state[name] for name in kept}, data)
-    write_file(Path(path), data.getbuffer())
+    write_tensors(Path(path), {name: state[name] for name in kept})
 
 
 def restore(folder, agent, replay, rng, log):

@@ -33,8 +33,8 @@ class Run:
     name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
     resume: str = ""  # folder of a run to go on with; its configuration is used [ours]
     device: str = "auto"  # auto, cpu or cuda [ours]
-    precision: str = "auto"  # float32, bfloat16 or auto: bfloat16 on a GPU, in small runs.  Dev. D14 [code: float16]
-    fast: bool = True  # what fast.py adds, with the same results; --no-fast: the plain code alone [ours]
+    precision: str = "auto"  # float32, bfloat16, or auto: the faster on this machine.  Dev. D14 [code: float16]
+    fast: bool = True  # what fast.py adds: in float32 the same results; --no-fast: the plain code alone [ours]
     deterministic: bool = False  # only algorithms that give the same bits every time, slower on a GPU [ours]
 
 
@@ -42,7 +42,7 @@ class Run:
 class Environment:
     """Section V: what the agent sees, and how often it does not."""
 
-    num_envs: int = 8  # stepping side by side in worker processes [ours]
+    num_envs: int = 8  # stepping side by side in worker processes [code: 1]
     missing_rate: float = 0.375  # of each sensor's data in training [section V: 0.375]
     missing_process: str = "exact"  # exact, or released: a random process.  Dev. D7 [section V: exact; code: released]
     backgrounds: str = "procedural"  # or a path: videos, frames, CVRL's arrays.  Dev. D21 [section V: ILSVRC]
@@ -59,7 +59,7 @@ class Protocol:
     updates_per_1000: float = 100  # updates per 1,000 environment steps [code: 100]
     capacity: int = 1_000_000  # decisions kept in the replay [ours]
     log_every: int = 100  # updates between log lines [ours]
-    eval_every: int = 40_000  # environment steps between evaluations, rounded up to whole episodes [ours]
+    eval_every: int = 40_000  # environment steps between evaluations, rounded up to whole episodes [code: 10000]
     eval_episodes: int = 10  # at the training missing rate, backgrounds unseen in training [section V: 10]
 
 
@@ -113,7 +113,7 @@ class Behaviour:
     return_lambda: float = 0.95  # lambda of the lambda-return, Eq. (19) [code: 0.95]
     initial_std: float = 5.0  # of the untrained actor, before tanh [code: 5]
     mpc_rate: float = 0.003  # step of latent-guided MPC along the gradient of the return [code: 0.003]
-    mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [ours]
+    mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [code: 1]
     exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
     act_by: str = "mode"  # of the actor in evaluation: mode or sample.  Dev. D12 [code: sample]
     continuation: str = "auto"  # learn where episodes end: on, off, or auto, on where they can.  Dev. D22 [ours]
@@ -173,9 +173,9 @@ READ_BY = {  # the methods that read an option, where not all do
     **dict.fromkeys("d_f sample_s_f prior_if_unobserved expert_power fused_kl_scale".split(), "mummi mummi_b mssm_e"),
     **dict.fromkeys("absent_logit over_present".split(), "mummi mummi_b cvrl"), "weights": "mummi",
 }  # fmt: skip
-MAY_CHANGE = "resume device deterministic fast steps log_every eval_every backgrounds act_by".split()  # on --resume
-# Runs that differ in more than these are not the same experiment.
-MAY_DIFFER = "task preset method seed name resume device deterministic fast log_every eval_every eval_episodes".split()
+FREE = "resume device precision deterministic fast log_every eval_every".split()  # the same experiment
+MAY_CHANGE = [*FREE, "steps", "backgrounds", "act_by"]  # on --resume
+MAY_DIFFER = [*FREE, "task", "preset", "method", "seed", "name", "eval_episodes"]  # in one table or figure
 
 
 # ---- 2. The command line --------------------------------------------------------------------------
@@ -214,7 +214,8 @@ def defaults(task, preset, device):
     """The defaults of a task in a preset; "auto" is small on a CPU. Toy tasks have their own."""
     if preset == "auto":
         preset = "paper" if device != "cpu" and choose_device("auto").type == "cuda" else "small"
-    own, small = TASK_DEFAULTS.get(task, {}), SMALL if task in environments.TASKS else OWN
+    known = task in environments.TASKS
+    own, small = TASK_DEFAULTS.get(task, {} if known else {"weights": ()}), SMALL if known else OWN
     return {"preset": preset} | (own | small if preset == "small" and task not in environments.TOY else own)
 
 
@@ -333,6 +334,11 @@ def decide(config):
     return replace(config, continuation="on" if env.can_terminate else "off")
 
 
+def to_act(config, device):
+    """The configuration of a trained run for a device, which may be slow in bfloat16."""
+    return replace(config, device=device, precision="float32" if config.precision == "float32" else "auto")
+
+
 def check_comparable(configs, label=()):
     """Raises ValueError where two runs of a task differ in more than method, seed and `label`, or not even in these.
 
@@ -347,7 +353,7 @@ def check_comparable(configs, label=()):
     first, seen, labels = {}, {}, {}
     for folder, config in configs.items():
         other = first.setdefault(config.task, folder)
-        for name in sorted(known - set(MAY_DIFFER) - set(label)):
+        for name in sorted(known - {*MAY_DIFFER, *label}):
             was, now = getattr(configs[other], name), getattr(config, name)
             if was != now:
                 raise ValueError(f"{other} and {folder} differ in {name}, {was} and {now}: take them apart, or give "

@@ -740,7 +740,7 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
 
     task             one of TASKS, or what `gymnasium.make` takes: "Hopper-v5", "my_package:Reach-v0"
     missing_rate     fraction of each sensor's readings that are missing, in [0, 1): training
-                     0.375, evaluation 0, 0.375 and 0.75                              Table I
+                     0.375, evaluation 0, 0.375 and 0.75                              section V
     backgrounds      "procedural" or a path, see `open_backgrounds`; for the control suite
     split            "train" or "eval" backgrounds
     missing_process  "exact", the paper's, or "released", see `released_schedule`

@@ -30,7 +30,7 @@ import tyro
 import envs as environments
 import wiping
 from checkpoint import check_backgrounds, fail, load_checkpoint, only_runs, say
-from config import check_comparable, make_config, sensing
+from config import check_comparable, make_config, sensing, to_act
 from envs import seeds
 from fast import restart_with_quiet_threads
 from methods import METHODS, choose_device, make_agent
@@ -38,7 +38,7 @@ from pictures import SIDE, square, write_video
 from replay import Replay, replay_fields
 from trust import RATES as FALSE_ALARMS, Trust, measure
 
-RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # Table I
+RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # section V, Table I
 TABLE_II = ("Medium", "None")
 PAPER = Path(__file__).parent / "results" / "paper.json"
 
@@ -60,6 +60,7 @@ class Options:
     video: bool = False  # write <output>-<rate>.mp4, the first episode: world, sensors, actions, reward
     device: str = "auto"  # auto, cpu, cuda or cuda:1
     label: tuple[str, ...] = ()  # options in which runs differ, told in the table, like free_nats
+    act_by: str = ""  # mode or sample; by default the run's own.  Dev. D12
     missing_process: str = "exact"  # exact or released, see Dev. D7
     backgrounds: str = ""  # another path to the backgrounds; by default the run's own
     faults: tuple[str, ...] = ()  # that nobody flags: all, black (of each sensor in turn), camera=black,position=noise
@@ -327,8 +328,8 @@ def paper_cell(task, sensors, missing, method):
     return rows.get(missing, {}).get(method)
 
 
-def markdown(cells, references):
-    """The pooled records as a Markdown table, one column a method, the best of a row in bold."""
+def markdown(cells, references, told=None):
+    """The pooled records as a Markdown table, one column a method, the best of a row in bold; and {option: value}."""
     order = list(METHODS)  # the paper's
     methods = sorted({c for row in cells.values() for c in row}, key=lambda c: (order.index(c.split(",")[0]), c))
     lines = ["| task | sensors | missing | " + " | ".join(methods) + " |", "|---|---|---|" + "---|" * len(methods)]
@@ -348,7 +349,8 @@ def markdown(cells, references):
     counted = "; ".join(f"{s} seed{'s' * (s > 1)}, {e} episodes" for s, e in sorted(counts))
     steps = sorted(set().union(*(cell["steps"] for row in cells.values() for cell in row.values())))
     trained = " or ".join(f"{s:,}" for s in steps) + " environment steps of training."
-    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} per cell. {trained}"]
+    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} per cell. {trained}"
+              + (f" Made with {' '.join(f'{name} {x}' for name, x in told.items())}." if told else "")]  # fmt: skip
     for task, policies in references.items():
         for name, returns in policies.items():
             lines.append(f"The {name} policy earns {np.mean(returns):.1f} ± {np.std(returns):.1f} on {task}.")
@@ -403,12 +405,12 @@ def check(options):
         raise ValueError(f"--episodes {options.episodes} is not allowed: give at least 1")
     if not set(options.rates) <= set(RATES) or len(set(options.rates)) < len(options.rates):
         raise ValueError(f"--rates {' '.join(options.rates)}: choose among {', '.join(RATES)}, each once")
-    if options.sensors not in ("", "all"):
-        raise ValueError(f"--sensors {options.sensors} is unknown: give all, or leave it out")
-    if options.missing_process not in environments.SCHEDULES:
-        raise ValueError(f"--missing-process {options.missing_process} is unknown: give exact or released")
-    if options.false_alarms not in FALSE_ALARMS:
-        raise ValueError(f"--false-alarms {options.false_alarms}: choose among {', '.join(map(str, FALSE_ALARMS))}")
+    choices = {"sensors": ("", "all"), "act_by": ("", "mode", "sample"), "missing_process": environments.SCHEDULES,
+               "false_alarms": FALSE_ALARMS}  # fmt: skip
+    for name, allowed in choices.items():
+        if (given := getattr(options, name)) not in allowed:
+            known = " or ".join(str(x) for x in allowed if x)
+            raise ValueError(f"--{name.replace('_', '-')} {given} is unknown: give {known}, or leave it out")
     if not 0 <= options.fault_rate < 1:
         raise ValueError(f"--fault-rate {options.fault_rate} is not allowed: give a number in [0, 1)")
     for name, needs in {"fault_rate": "faults", "false_alarms": "trust"}.items():
@@ -454,7 +456,8 @@ def main(options):
         if not options.backgrounds and not Path(folder).is_file():
             check_backgrounds(folder, config.backgrounds)
         space = {name: SimpleNamespace(shape=tuple(shape)) for name, shape in state["modalities"].items()}
-        agent = make_agent(replace(config, device=options.device), space, state["action_size"])
+        config.act_by = options.act_by or config.act_by
+        agent = make_agent(to_act(config, options.device), space, state["action_size"])
         agent.load_state_dict(state["agent"])
         say(f"{folder}: step {state['steps']}", sys.stderr)
         parameters = sum(p.numel() for p in agent.model.parameters())
@@ -464,7 +467,9 @@ def main(options):
     tasks = {config.task: config for config in configs.values()} if options.references else {}
     references = {task: reference_returns(config, options.episodes, options.seed) for task, config in tasks.items()}
 
-    table = markdown(pool(records), references) + detection_markdown(records) + calibration_markdown(records)
+    free = "seed randomize act_by missing_process backgrounds fault_rate false_alarms".split()
+    told = {f"--{x.replace('_', '-')}": y for x in free if (y := getattr(options, x)) != getattr(Options, x)}
+    table = markdown(pool(records), references, told) + detection_markdown(records) + calibration_markdown(records)
     path.with_name(path.name + ".md").write_text(table)
     records = json.loads(json.dumps(records), parse_constant=lambda nan: None)  # which is no JSON
     report = {"options": asdict(options), "records": records, "references": references}

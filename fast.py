@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import agent as behaviour
 import mssm
 from agent import Agent
+from envs import TOY
 from mssm import MSSM
 
 # ---- 1. The process: threads, memory, precision of products ---------------------------------------
@@ -57,6 +58,15 @@ def prepare(device, bfloat16, exact_losses, deterministic):
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
     compile_functions()
+
+
+def choose_precision(config, device):
+    """float32 or bfloat16: what `--precision auto` means on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    small = config.preset == "small" and config.task not in TOY  # whose networks are too small to gain by it
+    faster = device.type == "cuda" or (small and torch.cpu._is_avx512_bf16_supported())
+    return "bfloat16" if faster and config.fast else "float32"
 
 
 @cache

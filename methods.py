@@ -15,7 +15,6 @@ import torch
 
 import fast
 from agent import Agent
-from envs import TOY
 from mssm import MAX_DEPTH, MSSM, check_observation, initialise
 from mummi_loss import Weights, cvrl, elbo, log_density_ratio, mummi, mummi_b
 from trust import Trust
@@ -38,9 +37,7 @@ def make_agent(config, observation_space, action_size):
     Raises ValueError where the device is not there.
     """
     device = choose_device(config.device)
-    small = config.preset == "small" and config.task not in TOY  # whose networks are too small to gain by it
-    bfloat16 = device.type == "cuda" or (small and torch.cpu._is_avx512_bf16_supported())
-    bfloat16 = bfloat16 and config.fast if config.precision == "auto" else config.precision == "bfloat16"
+    bfloat16 = fast.choose_precision(config, device) == "bfloat16"
     if bfloat16 and not config.fast:
         raise ValueError("--precision bfloat16 needs fast.py: leave --no-fast out, or give --precision float32")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
@@ -108,7 +105,7 @@ class Player:
         action   (A,) in [-1, 1] that was executed since the last observation, where it isn't what `act` returned
         returns  the latent state z (D_z,), and {name: log f} of Eq. (16), how well each sensor that is present (and
                  believed) agrees with it: 0 is best (MuMMI and MuMMI-b only)
-        Raises ValueError for a sensor that it does not know, or of another shape or type.
+        Raises ValueError for a sensor that it does not know, or of another shape or type, and for such an action.
         """
         if unknown := set(observation) - set(self.sensors):
             raise ValueError(f"sensor {min(unknown)!r} is unknown: give some of {', '.join(self.sensors)}")
@@ -125,6 +122,8 @@ class Player:
         check_observation({k: x[None] for k, x in given.items()}, present[None], self.memory.action[None], self.sensors)
         if action is not None:
             action = np.reshape(np.float32(action), self.memory.action.shape)
+            if not (np.abs(action) < 1.001).all():
+                raise ValueError(f"the action is {action[0]}: give the one that was executed, in [-1, 1]")
             self.memory = self.memory._replace(action=torch.tensor(action, device=self.agent.device))
         if self.trust:
             present = self.trust(self.memory, given, present, self.first)
@@ -153,10 +152,10 @@ def load_agent(path, device="cpu", trust=False):
     trust  let it drop the readings of sensors that lie, see `trust.py`; for runs that were trained to their end
     """
     from checkpoint import load_checkpoint
-    from config import make_config
+    from config import make_config, to_act
 
     state = load_checkpoint(path)
-    config = make_config(state["config"] | {"device": device}, path)
+    config = to_act(make_config(state["config"], path), device)
     space = {name: SimpleNamespace(shape=tuple(shape)) for name, shape in state["modalities"].items()}
     agent = make_agent(config, space, state["action_size"])
     agent.load_state_dict(state["agent"])

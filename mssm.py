@@ -99,7 +99,7 @@ def initialise(module):
 
 
 def scale(x, present, mean, std):
-    """Scale one modality to what encoders read and decoders predict; where absent, x is not read.
+    """Scale one modality to what encoders read and decoders predict; where absent, a float x is not read.
 
     x        uint8 (..., 64, 64, C): a colour image, to [-0.5, 0.5]
              float (..., 64, 64, 1): metres, clipped at 10, NaN is 10, and scaled to [-0.5, 0.5].  Dev. D9

@@ -22,6 +22,7 @@ none in either. Dev. D1 is a row of the deviations in docs/paper.md.
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -35,7 +36,7 @@ from checkpoint import (Log, Progress, Stopped, StopSignals, check_backgrounds, 
 from config import decide, parse, run_folder, sensing
 from envs import WorkerError, seeds
 from evaluate import act, run_episodes
-from fast import restart_with_quiet_threads
+from fast import choose_precision, restart_with_quiet_threads
 from methods import make_agent
 from pictures import gif, of_evaluation, write_video
 from replay import Batches, Replay, replay_fields
@@ -197,6 +198,7 @@ def main(config):
     ):
         space, action_size = envs.single_observation_space, envs.single_action_space.shape[0]
         agent = make_agent(config, space, action_size)
+        config = replace(config, precision=choose_precision(config, agent.device))
         if not config.resume:
             create_folder(folder, config)
 
@@ -207,7 +209,8 @@ def main(config):
             rng = np.random.default_rng(config.seed)
             progress = restore(folder, agent, replay, rng, log) if config.resume else Progress()
             if progress.evaluated >= config.steps:
-                say(f"{folder} is finished at step {progress.steps}; --steps {2 * progress.steps} would train on")
+                say(f"{folder} is finished at step {progress.steps} and stays as it is; --steps {2 * progress.steps} "
+                    "would train on")  # fmt: skip
             else:
                 write_config(folder, config)
             batches = Batches(replay, config, rng, agent.device)

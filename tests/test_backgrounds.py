@@ -57,6 +57,15 @@ def array_of(levels):
 LEVELS = [40, 80, 120, 160]
 
 
+@pytest.mark.parametrize("axes", [4, 5])
+def test_arrays_may_have_the_colours_first_as_those_of_cvrl(axes, tmp_path):
+    clips = np.random.default_rng(0).integers(0, 256, (2, 5, 64, 64, 3)[5 - axes :], np.uint8)
+    for name, array in (("last", clips), ("first", np.moveaxis(clips, -1, -3))):
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(array))
+    last, first = (backgrounds.read_array(tmp_path / f"{name}.pkl") for name in ("last", "first"))
+    assert len(first) == axes - 3 and all(np.array_equal(a, b) for a, b in zip(last, first, strict=True))
+
+
 def write_source(kind, folder):
     """One of the five kinds of background sources, each of two videos where it can hold two."""
     if kind == "video":

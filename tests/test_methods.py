@@ -17,11 +17,13 @@ import methods
 import mummi_loss
 import replay
 from agent import Agent
-from fast import FastAgent, FastMSSM
+from config import to_act
+from fast import FastAgent, FastMSSM, choose_precision
 from methods import METHODS
 from mssm import MSSM
 
 N = T * B
+CPU = torch.device("cpu")
 
 
 def world_model_loss(method="mummi", **kwargs):
@@ -294,6 +296,9 @@ def test_bfloat16_is_for_gpus_and_small_runs_on_a_processor_that_has_it_unless_a
     assert tiny_agent(precision="auto", **small).bfloat16 == has and not tiny_agent(precision="float32", **small).bfloat16
     assert type(tiny_agent(precision="auto", fast=False, **small)) is Agent
     assert not tiny_agent(precision="auto", **small | dict(task="toy")).bfloat16
+    trained = tiny_config(precision="bfloat16", **small)  # to act, it takes what this machine is fast in
+    assert choose_precision(to_act(trained, "cpu"), CPU) == ("bfloat16" if has else "float32")
+    assert choose_precision(to_act(tiny_config(precision="float32", **small), "cpu"), CPU) == "float32"
 
 
 def small_replay(folder, rows=20):
@@ -527,6 +532,11 @@ def test_a_filter_is_told_which_action_was_executed():
     assert not np.array_equal(latents["act"], latents["nothing"])
     with pytest.raises(ValueError, match="shape"):
         player.act({}, [0.1] * (A + 1))
+    for wrong in ([0.1] * (A - 1) + [np.nan], [-2.0] * A, [np.inf] * A):
+        memory = player.memory
+        with pytest.raises(ValueError, match=r"the action is \[.*\]: give the one that was executed, in \[-1, 1\]"):
+            player.act({}, wrong)
+        assert player.memory is memory
 
 
 @pytest.mark.parametrize("observation, said", [

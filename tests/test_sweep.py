@@ -89,7 +89,9 @@ def test_a_folder_of_another_run_is_refused():
     """But more steps are another wish for the same run."""
     (folder, config), = configs(tasks=("toy",), methods=("mummi",), seeds=(1,)).items()
     sweep.create_folder(folder, config)
-    configs("--steps", "9000", tasks=("toy",), methods=("mummi",), seeds=(1,))
+    sweep.write_config(folder, dataclasses.replace(config, precision="bfloat16"))  # as its node has decided
+    (again,) = configs("--steps", "9000", tasks=("toy",), methods=("mummi",), seeds=(1,)).values()
+    assert again.precision == "bfloat16"
     with pytest.raises(ValueError, match="was trained with --num-envs 4, not 2"):
         configs("--num-envs", "2", tasks=("toy",), methods=("mummi",), seeds=(1,))
 
@@ -118,7 +120,7 @@ def test_a_share_that_no_node_has_is_refused():
     ({}, True), ({"calibration": True, "video": True}, True), ({"references": False}, False), ({"episodes": 3}, False),
     ({"missing_process": "released"}, False), ({"backgrounds": "other"}, False), ({"label": ("free_nats",)}, False),
     ({"rates": ("None",)}, False), ({"faults": ("camera=black",)}, False), ({"trust": True}, False), ({"seed": 5}, False),
-    ({"remove": ("camera",)}, False),
+    ({"remove": ("camera",)}, False), ({"act_by": "sample"}, False),
 ], ids=str)  # fmt: skip
 def test_an_evaluation_by_hand_is_kept_if_its_conditions_are_those_of_the_sweep(by_hand, kept):
     (folder, config), = configs(tasks=("toy",), methods=("mummi",), seeds=(1,)).items()
@@ -136,6 +138,10 @@ def test_what_would_change_the_evaluation_of_a_finished_run_is_refused():
     sweep.check_same(folder, dataclasses.replace(config, act_by="sample"))  # it comes in time
     torch.save({"steps": config.steps, "evaluated": config.steps}, folder / "checkpoint.pt")
     sweep.check_same(folder, dataclasses.replace(config, eval_every=1))
+    sweep.write_config(folder, dataclasses.replace(config, precision="bfloat16"))  # what auto was on its node
+    sweep.check_same(folder, config)
+    with pytest.raises(ValueError, match="was trained with --precision bfloat16, not float32"):
+        sweep.check_same(folder, dataclasses.replace(config, precision="float32"))
     with pytest.raises(ValueError, match="was trained with --act-by mode, not sample"):
         sweep.check_same(folder, dataclasses.replace(config, act_by="sample"))
     np.save("clips.npy", np.zeros((3, 30, 64, 64, 3), np.uint8))

@@ -16,7 +16,7 @@ import envs
 import evaluate
 import checkpoint as runs
 import train
-from config import TASK_DEFAULTS, Config, check_comparable, parse
+from config import TASK_DEFAULTS, Config, check_comparable, load_config, parse
 from fast import FastAgent
 from mssm import MSSM
 
@@ -123,6 +123,13 @@ def test_options_that_come_too_late_for_a_finished_run_do_not_enter_its_configur
     before = (folder / "config.json").read_bytes()
     train.main(parse(["--resume", str(folder), "--act-by", "sample"]))
     assert (folder / "config.json").read_bytes() == before and "is finished at step 600" in capsys.readouterr().out
+
+
+def test_the_precision_of_a_run_is_written_down_and_may_change_on_resume(folder):
+    """Else `auto` would be another one on another machine, and nobody would know."""
+    assert load_config(folder).precision == runs.load_checkpoint(folder)["config"]["precision"] == "float32"
+    assert parse(["--resume", str(folder), "--precision", "bfloat16"]).precision == "bfloat16"
+    assert parse(["--task", "toy", "--name", "x"]).precision == "auto"  # who starts a sweep does not decide it
 
 
 @pytest.mark.parametrize("options", [("--eval-every", "400"), ("--eval-episodes", "3"), ("--log-every", "3")])
@@ -373,7 +380,7 @@ def test_ablations_have_columns_of_their_own_and_seeds_and_parameters_are_told()
 
 @pytest.mark.parametrize("options, said", [
     ({}, "no run was given"), ({"runs": ("a",), "rates": ("None", "None")}, "each once"),
-    ({"runs": ("a",), "missing_process": "fair"}, "exact or released"), ({"runs": ("a",), "device": "cuda:7"}, "cuda:7"),
+    ({"runs": ("a",), "missing_process": "fair"}, "exact or released"), ({"runs": ("a",), "act_by": "luck"}, "mode or sample"), ({"runs": ("a",), "device": "cuda:7"}, "cuda:7"),
     ({"runs": ("a",), "fault_rate": 0.2}, "--fault-rate changes nothing without --faults"),
     ({"runs": ("a",), "false_alarms": 0.05}, "--false-alarms changes nothing without --trust"),
     ({"runs": ("a/x", "b/x"), "video": True}, "films of one name"), ({"runs": ("a",), "device": "mps"}, "mps"), ({"runs": ("a",), "device": "gpu"}, "gpu"),
@@ -381,6 +388,17 @@ def test_ablations_have_columns_of_their_own_and_seeds_and_parameters_are_told()
 def test_bad_options_of_evaluation_are_known_before_anything_runs(options, said):
     with pytest.raises(ValueError, match=said):
         evaluate.main(evaluate.Options(**{"runs": ()} | options))
+
+
+def test_a_table_says_what_it_was_made_under_and_an_agent_may_act_by_a_sample(folder, capsys):
+    tables, returns = [], []
+    for options in ({}, dict(act_by="mode"), dict(act_by="sample", missing_process="released")):
+        evaluate.main(evaluate.Options(runs=(str(folder),), episodes=1, rates=("Medium",), references=False, output="x", **options))
+        tables.append(capsys.readouterr().out)
+        returns.append(json.loads(Path("x.json").read_text())["records"][0]["returns"])
+    assert "Made with" not in tables[0] and "training. Made with --act-by mode." in tables[1]
+    assert "training. Made with --act-by sample --missing-process released." in tables[2]
+    assert returns[0] == returns[1] != returns[2]
 
 
 def test_a_run_may_move_with_its_backgrounds_but_not_to_others(tmp_path, monkeypatch):
@@ -505,6 +523,7 @@ def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
     own = parse(["--task", "Pendulum-v1", "--preset", "small", "--name", "x"])
     assert (own.free_nats, own.prefill_hold, own.d_f, small.free_nats, small.prefill_hold) == (0.5, 0, 128, 3.0, 8)
     assert own.model_updates == small.model_updates == 800
+    assert own.weights == () and small.weights == ("touch=0.001",)  # somebody's `touch` weighs as much as the rest
     assert parse(["--task", "toy", "--name", "x"]).batch_length == 25
     assert parse(["--task", "toy", "--batch-length", "30", "--name", "x"]).batch_length == 30
     assert set(TASK_DEFAULTS) == {*envs.TOY, "table_wiping"}

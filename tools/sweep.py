@@ -86,15 +86,16 @@ def plan(options, rest):
             configs[folder] = replace(config, name="")
             if folder.exists():
                 check_same(folder, configs[folder])
+                configs[folder].precision = load_config(folder).precision
     return configs
 
 
 def check_same(folder, config):
     """Raises ValueError where the folder holds another run than the one asked for."""
     was = vars(load_config(folder))
-    late = set()
+    late = set() if config.precision == "auto" else {"precision"}
     if finished(folder, config):  # its evaluations would stay as they are
-        late = {"act_by"}
+        late.add("act_by")
         check_backgrounds(folder, config.backgrounds)
     for name, value in vars(config).items():
         if name not in {*MAY_CHANGE, "name"} - late and was[name] != value:
@@ -268,8 +269,8 @@ def commands(folder, config, options, device, references):
     """
     train, remove = not finished(folder, config), ["--remove", "workspace"] * (config.task == "table_wiping")
     with suppress(OSError, ValueError):
-        done = json.loads((folder / "evaluation.json").read_text())["options"]
         asked = json.loads(json.dumps(asdict(evaluate.Options((), episodes=options.episodes, remove=(*remove[1:],)))))
+        done = asked | json.loads((folder / "evaluation.json").read_text())["options"]  # an older one lacks new options
         free = "runs sensors calibration references output video device".split()  # add to what is asked, or tell where
         same = all(done[x] == asked[x] for x in asked if x not in free) and done["references"] >= references
         newer = (folder / "evaluation.json").stat().st_mtime >= (folder / "checkpoint.pt").stat().st_mtime
