@@ -328,8 +328,8 @@ def paper_cell(task, sensors, missing, method):
     return rows.get(missing, {}).get(method)
 
 
-def markdown(cells, references, told=None):
-    """The pooled records as a Markdown table, one column a method, the best of a row in bold; and {option: value}."""
+def markdown(cells, references, made_with=None):
+    """The pooled records as a Markdown table, one column a method; `made_with` {option: value} is told below it."""
     order = list(METHODS)  # the paper's
     methods = sorted({c for row in cells.values() for c in row}, key=lambda c: (order.index(c.split(",")[0]), c))
     lines = ["| task | sensors | missing | " + " | ".join(methods) + " |", "|---|---|---|" + "---|" * len(methods)]
@@ -349,8 +349,8 @@ def markdown(cells, references, told=None):
     counted = "; ".join(f"{s} seed{'s' * (s > 1)}, {e} episodes" for s, e in sorted(counts))
     steps = sorted(set().union(*(cell["steps"] for row in cells.values() for cell in row.values())))
     trained = " or ".join(f"{s:,}" for s in steps) + " environment steps of training."
-    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} per cell. {trained}"
-              + (f" Made with {' '.join(f'{name} {x}' for name, x in told.items())}." if told else "")]  # fmt: skip
+    made = " Made with " + " ".join(f"{name} {x}" for name, x in made_with.items()) + "." if made_with else ""
+    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} per cell. {trained}{made}"]
     for task, policies in references.items():
         for name, returns in policies.items():
             lines.append(f"The {name} policy earns {np.mean(returns):.1f} ± {np.std(returns):.1f} on {task}.")
@@ -468,8 +468,8 @@ def main(options):
     references = {task: reference_returns(config, options.episodes, options.seed) for task, config in tasks.items()}
 
     free = "seed randomize act_by missing_process backgrounds fault_rate false_alarms".split()
-    told = {f"--{x.replace('_', '-')}": y for x in free if (y := getattr(options, x)) != getattr(Options, x)}
-    table = markdown(pool(records), references, told) + detection_markdown(records) + calibration_markdown(records)
+    made_with = {f"--{x.replace('_', '-')}": y for x in free if (y := getattr(options, x)) != getattr(Options, x)}
+    table = markdown(pool(records), references, made_with) + detection_markdown(records) + calibration_markdown(records)
     path.with_name(path.name + ".md").write_text(table)
     records = json.loads(json.dumps(records), parse_constant=lambda nan: None)  # which is no JSON
     report = {"options": asdict(options), "records": records, "references": references}

@@ -105,7 +105,7 @@ class Player:
         action   (A,) in [-1, 1] that was executed since the last observation, where it isn't what `act` returned
         returns  the latent state z (D_z,), and {name: log f} of Eq. (16), how well each sensor that is present (and
                  believed) agrees with it: 0 is best (MuMMI and MuMMI-b only)
-        Raises ValueError for a sensor that it does not know, or of another shape or type, and for such an action.
+        Raises ValueError for an unknown sensor, for another shape or type, and for an action outside [-1, 1].
         """
         if unknown := set(observation) - set(self.sensors):
             raise ValueError(f"sensor {min(unknown)!r} is unknown: give some of {', '.join(self.sensors)}")
