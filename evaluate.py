@@ -349,8 +349,8 @@ def markdown(cells, references, made_with=None):
     counted = "; ".join(f"{s} seed{'s' * (s > 1)}, {e} episodes" for s, e in sorted(counts))
     steps = sorted(set().union(*(cell["steps"] for row in cells.values() for cell in row.values())))
     trained = " or ".join(f"{s:,}" for s in steps) + " environment steps of training."
-    made = " Made with " + " ".join(f"{name} {x}" for name, x in made_with.items()) + "." if made_with else ""
-    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} per cell. {trained}{made}"]
+    trained += " Made with " + " ".join(f"{name} {x}" for name, x in made_with.items()) + "." if made_with else ""
+    lines += ["", f"Mean ± standard deviation over episodes; the paper's in brackets. {counted} per cell. {trained}"]
     for task, policies in references.items():
         for name, returns in policies.items():
             lines.append(f"The {name} policy earns {np.mean(returns):.1f} ± {np.std(returns):.1f} on {task}.")
