@@ -42,7 +42,7 @@ class Run:
 class Environment:
     """Section V: what the agent sees, and how often it does not."""
 
-    num_envs: int = 8  # stepping side by side in worker processes [code: 1]
+    num_envs: int = 8  # stepping side by side in worker processes.  Dev. D28 [code: 1]
     missing_rate: float = 0.375  # of each sensor's data in training [section V: 0.375]
     missing_process: str = "exact"  # exact, or released: a random process.  Dev. D7 [section V: exact; code: released]
     backgrounds: str = "procedural"  # or a path: videos, frames, CVRL's arrays.  Dev. D21 [section V: ILSVRC]
@@ -59,7 +59,7 @@ class Protocol:
     updates_per_1000: float = 100  # updates per 1,000 environment steps [code: 100]
     capacity: int = 1_000_000  # decisions kept in the replay [ours]
     log_every: int = 100  # updates between log lines [ours]
-    eval_every: int = 40_000  # environment steps between evaluations, rounded up to whole episodes [code: 10000]
+    eval_every: int = 40_000  # environment steps between evaluations, in whole episodes.  Dev. D28 [code: 10000]
     eval_episodes: int = 10  # at the training missing rate, backgrounds unseen in training [section V: 10]
 
 

@@ -132,6 +132,7 @@ def test_the_precision_of_a_run_is_written_down_and_may_change_on_resume(folder)
     assert parse(["--task", "toy", "--name", "x"]).precision == "auto"  # who starts a sweep does not decide it
 
 
+@pytest.mark.dev(28)
 @pytest.mark.parametrize("options", [("--eval-every", "400"), ("--eval-episodes", "3"), ("--log-every", "3")])
 def test_what_is_looked_at_changes_nothing_that_is_learnt(folder, options):
     """Bit for bit: parameters and optimisers after evaluations of another number, length and rate."""
