@@ -13,10 +13,10 @@ V_lambda returns     lambda-return of an imagined state
 
 Shapes: H imagined steps, N = T * B start states, B environments, A action size. Time first.
 
-The world model is passed in and needs `observe`, `state`, `imagine_step`, `latent`, `reward` and
-`initial_state` (see `mssm.py`), its states being NamedTuples; so is the objective,
-`objective(model, filtered, batch)`, that returns the loss of the world model and a dictionary of
-scalars to log.
+The world model is passed in. It needs `observe`, `state`, `imagine_step`, `latent`, `reward` and
+`initial_state` (see `mssm.py`); its states are NamedTuples. The objective is passed in, too:
+`objective(model, filtered, batch)` returns the world model's loss and a dictionary of scalars
+to log.
 
     agent = Agent(model, objective, action_size=4)
     metrics = agent.update(batch)                       # one gradient step of all three
@@ -35,7 +35,7 @@ MEAN_SCALE = 5.0  # [code] keeps the mean before tanh within (-5, 5)
 
 
 class Memory(NamedTuple):
-    """What acting carries from one decision to the next."""
+    """The policy state between two decisions."""
 
     state: tuple  # the world model's state, each (B, D)
     action: torch.Tensor  # (B, A)  the last action executed
@@ -125,8 +125,8 @@ def imagine(model, policy, state, horizon):
     state    the model's state before the first action, each (N, D)
     returns  latents (H, N, D_z) of the states that the actions lead to, and the actions (H, N, A)
 
-    The policy sees its latents detached, [code]: the gradient reaches an action through what it
-    causes, not through what caused it.
+    The policy gets detached latents, [code]: a gradient flows from later states to an action, but
+    not on to the latent before it.
     """
     latent, latents, actions = model.latent(*state), [], []
     for _ in range(horizon):
@@ -142,7 +142,7 @@ def lambda_return(reward, value, discount, bootstrap, lambda_):
     """Eq. (19): R[t] = reward[t] + discount[t] ((1 - lambda) value[t+1] + lambda R[t+1]).
 
     reward, value, discount  (H, ...)  value[t] belongs to step t; value[0] is not read
-    bootstrap                (...)     takes the place of value and R after the last step
+    bootstrap                (...)     stands for value[H] and R[H]
     lambda_                  float in [0, 1]
     returns                  (H, ...)
     """
@@ -162,7 +162,7 @@ def actor_loss(returns, weight):
     """Eq. (18): max over eta of E[sum of V_lambda(z)], as a mean to be minimised.
 
     returns  (H - 1, N)
-    weight   (H - 1, N)  how much of the imagined future is left at a step, [code].  Dev. D20
+    weight   (H - 1, N)  product of the discounts of earlier steps, [code].  Dev. D20
     returns  ()
     """
     return -(weight * returns).mean()
@@ -182,7 +182,7 @@ def critic_loss(value, returns, weight):
 
 
 class Agent:
-    """The world model's, the actor's and the critic's parameters with their three optimisers.
+    """The world model, the actor and the critic, each with its own optimiser.
 
     model, objective      see the module's docstring
     action_size           A
@@ -193,7 +193,7 @@ class Agent:
     initial_std           of the untrained actor, before tanh
     mpc_rate              step along the gradient of the return; mpc_iterations 0 switches MPC off
     exploration           standard deviation of the noise added to training actions
-    sample_in_evaluation  evaluation samples the actor, too, and does not take its mode.  Dev. D12
+    sample_in_evaluation  sample the actor in evaluation, too, not its mode.  Dev. D12
     Raises ValueError on a horizon of less than 2.
     """
 
@@ -201,7 +201,7 @@ class Agent:
                  continuation=False, initial_std=5.0, model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, clip=30.0,
                  mpc_rate=0.003, mpc_iterations=1, exploration=0.3, sample_in_evaluation=False, device="cpu"):
         if horizon < 2:
-            raise ValueError(f"horizon is {horizon}; give 2 or more, as the last imagined state only ends the return")
+            raise ValueError(f"horizon is {horizon}; give 2 or more: the last state only bootstraps the return")
         self.device, self.action_size, self.horizon, self.clip = torch.device(device), action_size, horizon, clip
         self.discount, self.return_lambda, self.continuation = discount, return_lambda, continuation
         self.mpc_rate, self.mpc_iterations = mpc_rate, mpc_iterations
@@ -263,8 +263,8 @@ class Agent:
     def optimise(self, losses):
         """One Adam step of each module, by its own loss {module: ()} alone.
 
-        Each backward pass is asked for its module's gradients only, so that none of the three losses
-        reaches the parameters of another. All of them come before the first step, as losses share a graph.
+        Each backward pass computes its own module's gradients only, so no loss changes another module.
+        All backward passes precede the first step, because the losses share a graph.
 
         returns  {name: ()}  the losses, and the norms of their gradients before clipping
         """
@@ -291,7 +291,7 @@ class Agent:
         memory       Memory of the decision before
         observation  {name: (B, ...)}, present (B, M)
         first        (B,)  bool, True where an episode begins: the memory there is forgotten
-        explore      True in training: sampled actions plus noise; False: the mode, no noise
+        explore      True: sampled actions plus noise; False: the mode (Dev. D12), no noise
         returns      action (B, A) in [-1, 1], Memory
         """
         state = self.model.state(self.filter(memory, observation, present, first))
@@ -302,7 +302,7 @@ class Agent:
         return action, Memory(state, action)
 
     def filter(self, memory, observation, present, first):
-        """What the model infers from one observation of every environment: T = 1. Arguments as of `act`."""
+        """Infer the posterior from one observation of every environment: T = 1. Arguments as for `act`."""
         with torch.no_grad():
             memory = self.forget(memory, first)
             observation = {name: x.unsqueeze(0) for name, x in observation.items()}
@@ -350,7 +350,7 @@ class Agent:
         }  # fmt: skip
 
     def load_state_dict(self, state):
-        """Take over what `state_dict` gave, from any device; rates stay. Raises RuntimeError where shapes differ."""
+        """Load a `state_dict` from any device; learning rates stay. Raises RuntimeError where shapes differ."""
         for name, optimiser in self.optimisers.items():
             getattr(self, name).load_state_dict(state[name])
             moments = state.get(f"{name}_optimiser", {"state": {}})["state"]  # a file of weights has none

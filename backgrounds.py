@@ -158,7 +158,7 @@ def read_clip(data, max_frames=MAX_FRAMES):
                 for frame in itertools.islice(container.decode(video=0), max_frames - len(frames)):
                     picture = frame.reformat(SIZE, SIZE, "rgb24", interpolation="AREA").to_ndarray()
                     frames.append(np.rot90(picture, round(frame.rotation / 90)))  # both count counterclockwise
-        except Exception as error:  # a damaged file raises whatever it likes
+        except Exception as error:  # a damaged file may raise anything
             raise ValueError(f"background {file} is not readable as video: {error}") from error
     if not frames:
         raise ValueError(f"background {data} holds no frames; remove it")
@@ -177,7 +177,7 @@ def read_array(path):
                         raise ValueError("it asks for more memory than it can use")
                 file.seek(0)
                 array = np.asarray(ArrayUnpickler(file).load())
-    except Exception as error:  # a damaged pickle raises whatever it likes
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"backgrounds {path} are not an array: {error}") from error
     if array.ndim in (4, 5) and array.shape[-3:] == (3, SIZE, SIZE):  # CVRL's have the colours first
         array = np.moveaxis(array, -3, -1)

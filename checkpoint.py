@@ -1,7 +1,7 @@
 """The folder of a run: configuration, metrics, checkpoints; and what may cut a run short.
 
-Every file is whole: it appears under its name only once it is on disk. A run that is killed at any moment goes on
-from its last checkpoint. A message that cannot be printed is lost, and nothing else.
+A checkpoint appears under its name only once it is whole and on disk. A run that is killed at any moment goes on
+from its last one. If a message cannot be printed, only the message is lost.
 
     create_folder(folder, config)
     with closing(Log(folder, total)) as log, StopSignals(folder) as stop:  # metrics.jsonl and TensorBoard
@@ -58,7 +58,7 @@ def say(text, file=None):
 
 
 def mute(file):
-    """Send what is still to be written to a file that nobody reads to nowhere, so that Python's exit does not fail."""
+    """Redirect a file that nobody reads to /dev/null, so that flushing it does not fail when Python exits."""
     with suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), file.fileno())
 
@@ -139,14 +139,14 @@ def fail(program, error):
 
 
 def write_all(file, data):
-    """Bytes at the end of an unbuffered file; a nearly full disk takes a part before it refuses."""
+    """Append bytes to an unbuffered file; a nearly full disk may take only part of them at once."""
     data = memoryview(data)
     while data:
         data = data[os.write(file.fileno(), data) :]
 
 
 def write_file(path, data):
-    """Bytes in a file that is whole and on disk before it takes the place of an older one."""
+    """Write a file atomically: it is on disk before it replaces an older one."""
     fresh = path.with_name(path.name + ".tmp")
     try:
         with open(fresh, "wb", buffering=0) as file:
@@ -162,7 +162,7 @@ def write_file(path, data):
 
 
 def write_tensors(path, values):
-    """What torch.save writes, which by itself is not safe on a full disk."""
+    """torch.save by way of `write_file`, which is safe on a full disk."""
     data = io.BytesIO()
     torch.save(values, data)
     write_file(path, data.getbuffer())
@@ -266,8 +266,8 @@ class Log:
         first = max(faults)[0]
         write_tensors(self.folder / "batch.pt", self.batch)
         raise Fault(f"not finite, {first} updates ago: {', '.join(n for age, n in faults if age == first)}; the last "
-                    f"batch is in {self.folder}/batch.pt; --resume goes on from the checkpoint, with --log-every 1 it "
-                    "stops at the very batch")  # fmt: skip
+                    f"batch is in {self.folder}/batch.pt; --resume goes on from the checkpoint, and --log-every 1 "
+                    "stops at the faulty batch")  # fmt: skip
 
     def write(self, steps, values):
         """One line of {name: int or float} at an environment step."""
@@ -396,7 +396,7 @@ def restore(folder, agent, replay, rng, log):
 
 
 def newest_checkpoint(folder):
-    """The last checkpoint's path and what it holds; of the one before, if it is damaged. None, None if there are none.
+    """Return the path and content of the last checkpoint, or of the one before if it is damaged; else None, None.
 
     Raises ValueError if there are only damaged ones.
     """
@@ -431,13 +431,13 @@ def read_checkpoint(path):
         reason = f"checksum of {damaged}" if damaged else "not a checkpoint of this version"
     except pickle.UnpicklingError:
         reason = "holds more than tensors and numbers, and is not opened"
-    except Exception as error:  # a damaged file raises whatever it likes
+    except Exception as error:  # a damaged file may raise anything
         reason = " ".join(str(error).split())[:100]
     raise ValueError(f"{path} is damaged or of another version ({reason})")
 
 
 def only_runs(paths):
-    """Those that are runs, or files of weights; what else a glob has found is said. Raises ValueError if none is."""
+    """Keep the paths of runs and files of weights; print the others. Raises ValueError if none is left."""
     runs = [path for path in paths if not Path(path).exists() or Path(path).suffix == ".pt"
             or (Path(path) / "config.json").exists()]  # fmt: skip
     others = " ".join(str(path) for path in paths if path not in runs)

@@ -40,7 +40,7 @@ class Run:
 
 @dataclass
 class Environment:
-    """Section V: what the agent sees, and how often it does not."""
+    """Section V: environments, missing data and backgrounds."""
 
     num_envs: int = 8  # stepping side by side in worker processes.  Dev. D28 [code: 1]
     missing_rate: float = 0.375  # of each sensor's data in training [section V: 0.375]
@@ -50,11 +50,11 @@ class Environment:
 
 @dataclass
 class Protocol:
-    """Section V: how long to train, and when to look at the agent."""
+    """Section V: how long to train, and when to evaluate."""
 
     steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16 [code: 2000000]
     prefill: int = 5_000  # random environment steps first, and on to the end of an episode [code: 5000]
-    prefill_hold: int = 0  # 0: uniform actions there; else the untrained actor's, held so long.  Dev. D27 [code: 0]
+    prefill_hold: int = 0  # 0: uniform random actions; n: an untrained actor's, held n times.  Dev. D27 [code: 0]
     first_updates: int = 100  # updates after the random steps [code: 100]
     updates_per_1000: float = 100  # updates per 1,000 environment steps [code: 100]
     capacity: int = 1_000_000  # decisions kept in the replay [ours]
@@ -126,8 +126,8 @@ class Config(Behaviour, Learning, Objective, Model, Protocol, Environment, Run):
 
 EXAMPLES = """\
 examples:
-  python train.py --task toy                              a first run: some eight minutes on a CPU
-  python train.py --task finger_spin                      the paper's sizes and protocol, for a GPU
+  python train.py --task toy                              a first run: 4 to 8 minutes on a CPU
+  python train.py --task finger_spin                      the paper's sizes on a GPU, else small
   python train.py --task walker_walk --method cvrl --seed 2          another cell of Table I
   python train.py --task cup_catch --backgrounds videos   a folder of videos behind the body
   python train.py --task toy --weights position=0.1 --name position  another lambda^m, Eq. (17)
@@ -137,7 +137,7 @@ examples:
 """
 
 # A task's own defaults. The toy control task trains on a CPU in minutes: small networks and batches,
-# larger learning rates, a shorter memory of the future than 100 steps.
+# larger learning rates, and a discount horizon below 100 steps.
 TOY: dict = dict(
     num_envs=4, steps=6_000, prefill=2_000, first_updates=200, updates_per_1000=400, capacity=20_000, eval_every=1_200,
     d_h=64, d_f=32, hidden=64, units=64, channels=8, batch_size=16, batch_length=25, horizon=12, discount=0.95,
@@ -146,7 +146,7 @@ TOY: dict = dict(
 # Table Wiping: section VI's length, Appendix B's s^f of 256 and Appendix C's 512, concatenated. Only encoders
 # this narrow have 256 features.  Dev. D16, D18
 WIPING = dict(steps=1_000_000, d_f=256, channels=8)
-# Networks, batches and rates with which one CPU core learns the paper's tasks in an hour or two. Random actions are
+# Networks, batches and rates with which one CPU core learns the paper's tasks in two hours or so. Random actions are
 # held and the model learns alone at first: else the actor saturates before there is a reward to learn.
 SMALL: dict = dict(
     num_envs=4, eval_episodes=4, steps=200_000, prefill=10_000, prefill_hold=8, first_updates=1_000, model_updates=800,

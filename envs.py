@@ -125,8 +125,8 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
     seed             of the first `reset()`
 
     Observations are a dictionary: each sensor's reading, zero where missing, and `present` (M,) last. `missing`
-    (steps, M) is the schedule; `render()` gives a picture that no failure spoils. `view(seed)` does so where that was
-    the seed of the last seeded reset: of a vector environment, one is filmed. Before each step, `env.wanted` is set to
+    (steps, M) is the schedule; `render()` shows the world without failures. `view(seed)` does so only if that was
+    the seed of the last seeded reset, to film one of many workers. Before each step, `env.wanted` is set to
     the names of the sensors that work: the environment need not render the others.
     """
 
@@ -201,7 +201,7 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
 
 
 def said(env, name, default):
-    """What an environment says of itself in an attribute, its own or a wrapper's."""
+    """Get an attribute of an environment or of its wrappers, else `default`."""
     return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
 
 
@@ -211,11 +211,11 @@ def time_limit(env):
 
 
 class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
-    """Let sensors give something else than what is there: nobody flags it, `present` is 1.
+    """Make sensors give false readings without a flag: `present` stays 1.
 
     env      an environment with the attribute `wanted`, see `MissingSensors`, which goes around this wrapper
     faults   {sensor: fault}
-    rate     fraction of each of these sensors' readings, in segments as of `missing_schedule`, in [0, 1)
+    rate     fraction of each of these sensors' readings, in segments as in `missing_schedule`, in [0, 1)
     another  an environment of the same kind for the fault "other"
 
     black     zeros                             frozen    the last good reading, again and again
@@ -659,7 +659,7 @@ class ToyWorld(World):
     """A disc in the unit square that has to reach the goal and stay there against gusts.
 
     Actions are velocities; the reward is exp(-d^2 / (2 * 0.15^2)) at distance d from the goal.
-    A random policy earns about 12 of 100, `scripted_toy_action` about 91.
+    A random policy earns about 13 of 100, `scripted_toy_action` about 92.
     """
 
     action_repeat, episode_steps = 1, 100
@@ -766,7 +766,7 @@ def make_env(task, seed=0, missing_rate=0.375, backgrounds="procedural", split="
 
 
 def make_world(task, backgrounds, split, randomize, task_kwargs):
-    """The environment of a task, whose sensors all work and tell the truth. Arguments as of `make_env`."""
+    """The environment of a task, whose sensors all work and tell the truth. Arguments as for `make_env`."""
     if task in TOY:
         return ToyWorld(TOY[task])
     if task in SUITE:
@@ -915,7 +915,7 @@ def work(*args):
 
 
 def make_vector_env(task, num_envs, seed=0, **kwargs):
-    """Make environments in worker processes, seeded apart; kwargs as of `make_env`.
+    """Make environments in worker processes, seeded apart; kwargs as for `make_env`.
 
     `reset(seed=[...])` takes one seed per environment. A step after the end of an episode resets and
     ignores its action (AutoresetMode.NEXT_STEP).

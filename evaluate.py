@@ -3,7 +3,7 @@
 Every run acts for 10 episodes at each missing rate of the paper (None 0 %, Medium 37.5 %, High 75 %;
 Table Wiping has no High) on backgrounds it has not seen, without exploration. Runs of one task and
 method are pooled over their seeds. The table shows ours and, in brackets, the paper's. It is printed
-and written to `<output>.md`, `.csv` (a line a seed) and `.json` (every episode).
+and written to `<output>.md`, `.csv` (each run and condition) and `.json` (every episode).
 
     python evaluate.py runs/toy-mummi-1                         # Table I: the paper's three rates
     python evaluate.py runs/toy-mummi-1 --video                 # and a film at each of them
@@ -55,7 +55,7 @@ class Options:
     calibration: bool = False  # also say how far the experts agree
     references: bool = True  # also what the random and the scripted policy earn
     seed: int = 1000  # of the episodes, the same for every run
-    output: str = ""  # file name without suffix; by default <run>/evaluation, for several runs ./evaluation
+    output: str = ""  # file name without suffix; default: <run>/evaluation, ./<weights>-evaluation, or ./evaluation
     randomize: bool = False  # table_wiping with domain randomisation, as in training
     video: bool = False  # write <output>-<rate>.mp4, the first episode: world, sensors, actions, reward
     device: str = "auto"  # auto, cpu, cuda or cuda:1
@@ -134,7 +134,7 @@ def sensor_subsets(options, sensors):
 
 
 def faults_to_try(options, modalities):
-    """What lies in turn, {sensor: fault} each, nothing first. modalities {name: shape}. ValueError for what cannot."""
+    """List the faults to try, each {sensor: fault}, none first. modalities {name: shape}. ValueError if impossible."""
     faults, every = [{}], [(name, fault) for name in modalities for fault in environments.FAULTS]
     every = [(name, fault) for name, fault in every if fault != "occluded" or len(modalities[name]) == 3]
     for text in options.faults:
@@ -198,7 +198,7 @@ def evaluate_condition(config, agent, options, kept, rate, faults, trust):
 
 
 def detection(seen, m):
-    """How well the lies of sensor m were found: seen as of `evaluate_condition`, with a `Trust`.
+    """How well the lies of sensor m were found: seen as for `evaluate_condition`, with a `Trust`.
 
     returns  {"lies": share dropped, "honest": share dropped, "delay": mean steps to the first drop of a segment
               in which there is one, "found": share of these, "area": under the ROC curve of the suspicion,

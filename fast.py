@@ -1,7 +1,7 @@
-"""What makes MuMMI fast, put on from outside: the files that hold the paper know nothing of it.
+"""Make MuMMI fast from outside: mssm.py, mummi_loss.py and agent.py know nothing of it.
 
 `methods.make_agent` builds a `FastAgent` around a `FastMSSM` where it would build an `Agent` around an `MSSM`. Both
-compute the same numbers (`--no-fast` is the proof). Shapes: as in `mssm.py` and `agent.py`.
+compute the same numbers in float32 (`--no-fast` takes the plain ones). Shapes: as in `mssm.py` and `agent.py`.
 
     prepare(device, bfloat16=True, exact_losses=False, deterministic=False)     # settings of the process
     agent = FastAgent(FastMSSM(...), objective, action_size, bfloat16=True, cuda_graphs=True)
@@ -362,8 +362,8 @@ class FastAgent(Agent):
         super().__init__(model, objective, action_size, **options)
         self.bfloat16 = self.model.bfloat16 = bfloat16
         use_step_linear(self.actor)
-        # Autocast begins inside: the way back through a compiled function takes its types from what is around it,
-        # and the products of the losses are to stay in float32 there, too.
+        # Autocast begins inside: the backward pass of a compiled function takes its types from the code around it,
+        # and the products of the losses must stay float32 there, too.
         self.objective = self.autocast()(objective)
         self.cuda = self.device.type == "cuda"
         if self.cuda:
@@ -400,7 +400,7 @@ class FastAgent(Agent):
             return super().plan(state, policy)
 
     def run(self, name, method, *inputs, **options):
-        """The method, as a CUDA graph if there is one; plainly from the first time on that this fails."""
+        """Run the method, as a CUDA graph if there is one; without graphs after the first failure."""
         if not self.cuda:
             return method(*inputs, **options)
         try:

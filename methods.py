@@ -69,8 +69,8 @@ def make_agent(config, observation_space, action_size):
 
 
 def choose_device(name):
-    """The device of `--device`: auto, or what torch calls it. Raises ValueError where it is not there."""
-    # To ask whether there is a GPU must not open it: worker processes are forked after that.
+    """Return the torch device of a name, or of "auto". Raises ValueError if it does not exist."""
+    # Checking for a GPU must not initialise CUDA: worker processes are forked later.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +138,7 @@ class Player:
         return latent[0].cpu().numpy(), agreement
 
     def act(self, observation, action=None):
-        """The action (A,) in [-1, 1] after one more observation; arguments as of `filter`."""
+        """The action (A,) in [-1, 1] after one more observation; arguments as for `filter`."""
         self.filter(observation, action)
         policy = self.agent.actor.sample if self.agent.sample_in_evaluation else self.agent.actor.mode
         action = self.agent.plan(self.memory.state, policy).clamp(-1, 1)
@@ -160,5 +160,5 @@ def load_agent(path, device="cpu", trust=False):
     agent = make_agent(config, space, state["action_size"])
     agent.load_state_dict(state["agent"])
     if trust and "usual" not in state:
-        raise ValueError(f"{path} does not say what is usual: train it to its end, with a product of experts")
+        raise ValueError(f"{path} has no usual distances for trust: finish a run of mummi, mummi_b or mssm_e")
     return Player(agent, Trust(agent.model, state["usual"]) if trust else None)

@@ -99,7 +99,7 @@ def initialise(module):
 
 
 def scale(x, present, mean, std):
-    """Scale one modality to what encoders read and decoders predict; where absent, a float x is not read.
+    """Scale one modality for encoders and decoders; absent values of a float x are not read.
 
     x        uint8 (..., 64, 64, C): a colour image, to [-0.5, 0.5]
              float (..., 64, 64, 1): metres, clipped at 10, NaN is 10, and scaled to [-0.5, 0.5].  Dev. D9
@@ -154,7 +154,7 @@ def product_of_experts(mean, std, present, power=2):
 
     mean, std  (..., M, D)  one expert a modality
     present    (..., M)     bool; the expert of an absent modality is dropped
-    power      2 weighs an expert by its precision 1/std^2; [code] by 1/std, and adds 0.01 to their sum.  Dev. D1
+    power      2: weights are precisions 1/std^2; 1: 1/std as in [code], which adds 0.01 to the sum.  Dev. D1
     returns    mean (..., D), std (..., D); mean 0, std 1 where the product is empty
     """
     precision = std.reciprocal() if power == 1 else std.reciprocal().square()
@@ -181,12 +181,12 @@ def gru(from_x, from_h, h):
 
 
 def add_elu(a, b):
-    """The ELU of a layer whose two products were taken separately. (..., D), (..., D) -> (..., D)"""
+    """ELU of a layer, from the projections of its two inputs. (..., D), (..., D) -> (..., D)"""
     return F.elu(a + b)
 
 
 def posterior_or_prior(posterior, prior, observed, noise):
-    """The posterior, which is the prior where nothing was observed (Dev. D3), and a sample of it.
+    """Sample the posterior, replaced by the prior where nothing was observed (Dev. D3).
 
     posterior, prior  (B, 2 D_c)  outputs of their networks
     observed          (B,)
@@ -210,7 +210,7 @@ class MSSM(nn.Module):
                   `present` everywhere.
     action_size   A
     fusion        "product" (product of experts) or "concatenate" (the baselines, Appendix C)
-    heads         what the objective trains besides the reward, and nothing else is built:
+    heads         the objective's heads besides the reward's; no others are built:
                   "g" (of Eq. (16)), "decoders" (Eq. (10)) or "projections" (CVRL)
     fused_prior   also build p(s^f | s^c) of Eq. (9).  Dev. D6
     continuation  also build the probability that the episode goes on, [Dreamer].  Dev. D22
@@ -231,7 +231,7 @@ class MSSM(nn.Module):
         self.d_s_f = d_f if fusion == "product" else d_x * len(shapes)  # size of s_f
 
         # Inference network, Eq. (11); lists are in the order of the modalities
-        for m, shape in enumerate(shapes):  # of a vector, to be scaled by
+        for m, shape in enumerate(shapes):  # for vectors, see `scale`
             self.register_buffer(f"mean_{m}", torch.zeros(shape[-1]))
             self.register_buffer(f"std_{m}", torch.ones(shape[-1]))
         encoder, decoder = {1: vector_encoder, 3: image_encoder}, {1: vector_decoder, 3: image_decoder}
@@ -282,7 +282,7 @@ class MSSM(nn.Module):
         return State(h, sample(self.prior(h), torch.randn_like(state.s_c)))
 
     def latent(self, h, s_c):
-        """What every head reads, Eq. (7), (8): (..., D_h), (..., D_c) -> (..., D_z)."""
+        """Join [s_c, h], the input of the heads, Eq. (7), (8): (..., D_h), (..., D_c) -> (..., D_z)."""
         return torch.cat([s_c, h], -1)
 
     def reward(self, latent):
@@ -310,7 +310,7 @@ class MSSM(nn.Module):
         return State(*(torch.zeros(batch_size, size, device=device) for size in (self.d_h, self.d_c)))
 
     def scale(self, observation, present):
-        """What encoders read and decoders predict, see `scale`. Each (T, B, ...); present (T, B, M)"""
+        """Scale every modality, see `scale`. Each (T, B, ...); present (T, B, M)"""
         TB, present = present.shape[:2], present.flatten(0, 1)
         scales = [(getattr(self, f"mean_{m}"), getattr(self, f"std_{m}")) for m in range(len(self.modalities))]
         return {
@@ -347,7 +347,7 @@ class MSSM(nn.Module):
         return precision / precision.sum(-1, keepdim=True).clamp(min=1e-9)
 
     def posterior(self, from_s_f, h):
-        """Eq. (11), Fig. 11: q(s^c | s^f, h), the product with s^f given. (..., hidden), (..., D_h) -> (..., 2 D_c)"""
+        """Eq. (11), Fig. 11: q(s^c | s^f, h), from projected s^f. (..., hidden), (..., D_h) -> (..., 2 D_c)"""
         return self.posterior_net[2](add_elu(from_s_f, self.posterior_from_h(h)))
 
     def posterior_from_h(self, h):
@@ -358,7 +358,7 @@ class MSSM(nn.Module):
     def observe(self, observation, present, action, state=None):
         """Eq. (11): filter sequences of observations into posteriors over s^c.
 
-        observation  {name: (T, B, ...)}  of the types in `scale`; not read where absent
+        observation  {name: (T, B, ...)}  of the types in `scale`; no effect where absent
         present      (T, B, M)  bool or 0/1, in the order of the modalities
         action       (T, B, A)  action[t] led to observation[t]
         state        State before the first step, (B, D); zeros if None
@@ -366,9 +366,9 @@ class MSSM(nn.Module):
         Raises ValueError where a modality or `present` has another shape or type.
         """
         check_observation(observation, present, action, self.modalities)
-        present = present.bool()  # what does not depend on the recurrence is computed for all T at once
+        present = present.bool()  # everything before the recurrence is computed for all T at once
         fused = self.fuse(self.encode(observation, present), present)
-        # Fig. 11's first layer reads [s^f, h], but only h waits for the recurrence.
+        # Fig. 11's first layer reads [s^f, h]; only h depends on the recurrence.
         from_s_f = F.linear(fused.s_f, self.posterior_net[0].weight[:, : self.d_s_f])  # (T, B, hidden)
         noise = torch.randn(*action.shape[:2], self.d_c, device=action.device)
 
@@ -382,18 +382,18 @@ class MSSM(nn.Module):
         return Filtered(*(torch.stack(x) for x in zip(*steps)), fused, present)  # type: ignore
 
 
-# ---- 6. What can be modelled ---------------------------------------------------------------------
+# ---- 6. Input checks -----------------------------------------------------------------------------
 
 
 def check_modalities(modalities):
-    """Raises ValueError, saying which modality has a shape that no encoder is made for."""
+    """Raise ValueError, naming the modality, for a shape without an encoder."""
     for name, shape in (modalities or {"none": ()}).items():
         if len(shape) != 1 and (len(shape) != 3 or tuple(shape[:2]) != (64, 64)):
             raise ValueError(f"modality {name!r} has shape {tuple(shape)}: give (64, 64, C) or (D,)")
 
 
 def check_observation(observation, present, action, modalities):
-    """Raises ValueError where shape or type is not that of `scale`: nothing is taken for something else."""
+    """Raise ValueError where a shape or type is not one that `scale` lists."""
     T, B = action.shape[:2]
     if present.shape != (T, B, len(modalities)) or not set(modalities) <= set(observation):
         raise ValueError(f"present {tuple(present.shape)}, action {tuple(action.shape)}, {', '.join(observation)} were "

@@ -60,7 +60,7 @@ def log_density_ratio(g_z, expert_mean):
 
     g_z          (N, D_f)  g(z_i) of latent i, a row
     expert_mean  (N, D_f)  mu^m(x_j) of observation j, a column; the fused mean gives f_b (MuMMI-b)
-    returns      (N, N)    float32: a distance of hundreds has no digits to spare
+    returns      (N, N)    float32: bfloat16 would round a distance of hundreds
     """
     with torch.autocast(g_z.device.type, enabled=False):
         g_z, expert_mean = g_z.float(), expert_mean.float()
@@ -103,7 +103,7 @@ def mutual_information(bound, present):
 def mummi_loss(bounds, present, weights, log_reward, kl, free_nats=3.0, over_present=True):
     """Eq. (17): - (sum_m lambda^m InfoNCE^m + log p(r | z) - max(KL, free nats)).
 
-    bounds        {name: (N,)}  Eq. (15) of each modality (of the fused code alone for MuMMI-b)
+    bounds        {name: (N,)}  Eq. (15) of each modality (for MuMMI-b: of the fused mean alone)
     present       {name: (N,)}  rows that count.  Dev. D5: the mean is over them; over_present=False
                                 averages over all rows, [code]
     weights       {name: float}  lambda^m.  Dev. D8
@@ -139,7 +139,7 @@ def elbo_loss(log_likelihoods, present, log_reward, kl, free_nats=3.0):
 
 @dataclass(frozen=True)
 class Weights:
-    """What the terms of every objective weigh, and how absent observations count."""
+    """Weights of the objectives' terms, and how absent observations count."""
 
     modalities: dict = field(default_factory=dict)  # lambda^m by name; 1 for all others.  Dev. D8
     reward: float = 1.0  # of log p(r | z)
@@ -150,7 +150,7 @@ class Weights:
 
 
 def shared_terms(model, filtered, batch, weights):
-    """What every objective needs of a model (`mssm.MSSM`), of what it inferred and of the batch.
+    """The terms that objectives share, from a model (`mssm.MSSM`), its inference and a batch.
 
     returns  latent (N, D_z), log p(r | z) (N,) with its weight, KL (N,), {name: ()} to log
     """
@@ -167,7 +167,7 @@ def shared_terms(model, filtered, batch, weights):
 
 
 def contrastive_loss(log_f, present, log_reward, kl, weights):
-    """Eq. (17) from the density ratios {name: (N, N)} and who is present {name: (N,)}; the nats that each shows."""
+    """Eq. (17) from density ratios {name: (N, N)} and masks {name: (N,)}, and each modality's bound in nats."""
     bounds = {name: info_nce(log_f[name], present[name], weights.absent_logit) for name in log_f}
     nats = {f"information_{name}": mutual_information(bounds[name], present[name]) for name in log_f}
     lambdas = {name: weights.modalities.get(name, 1.0) for name in log_f}

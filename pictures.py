@@ -109,7 +109,7 @@ def line_of_text(text, width, alarm=False):
 
 
 def grid(pictures, most=5):
-    """Pictures of one size as one, with thin gaps: as few rows as have at most so many pictures, of equal length."""
+    """Tile pictures of one size, with thin gaps, in the fewest rows of equal length, at most `most` pictures."""
     rows = math.ceil(len(pictures) / most)
     pictures = [np.pad(x, ((0, 4), (0, 4), (0, 0)), constant_values=PAPER) for x in pictures]
     pictures += [np.full_like(pictures[0], PAPER)] * (-len(pictures) % rows)

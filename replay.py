@@ -1,9 +1,9 @@
 """Replay: whole episodes in files, sequences drawn inside them.
 
 One array a key and one row a step, in `<folder>/<key>.npy`: sparse files that grow with what was
-written and need no more resident memory than the page cache. A ring: the oldest episodes make room.
-With `spare` rows they stay on disk until as many rows were written after them, so that a run can go
-back to a checkpoint.
+written and need no more resident memory than the page cache. A ring buffer: new episodes replace
+the oldest. `spare` extra rows keep replaced episodes readable, until that many more are written,
+so that a run can return to its checkpoint.
 
 Row t of an episode holds the observation at t, the action that led to it and the reward that came
 with it; row 0 is the reset, with a zero action and reward.

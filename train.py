@@ -14,9 +14,9 @@ sequences drawn from the replay. Everything a run leaves is in its folder, `runs
 Tasks: finger_spin, walker_stand, walker_walk, walker_run, cup_catch, table_wiping, toy,
 toy_two_cameras, toy_xy, or what gymnasium.make takes, like Hopper-v5 or my_package:Reach-v0.
 
-Evaluate it with `python evaluate.py runs/<name>`. Options end with their value in the paper, as
-in [Appendix B: 200], or, where it is silent, in the authors' released code, [code: 50]; [ours] has
-none in either. Dev. D1 is a row of the deviations in docs/paper.md.
+Evaluate it with `python evaluate.py runs/<name>`. The help of an option ends with its value in the
+paper, as in [Appendix B: 200], else in the authors' released code, [code: 50]; [ours] is in
+neither. Dev. D1 is a row of the deviations in docs/paper.md.
 """
 
 import sys
@@ -47,14 +47,14 @@ ROUND = 1000  # decisions between resets of all environments, where episodes dif
 
 
 def updates_due(config, steps):
-    """How many updates the protocol has asked for after so many environment steps."""
+    """Number of updates that are due after `steps` environment steps."""
     if steps < config.prefill:
         return 0
     return config.first_updates + int((steps - config.prefill) * config.updates_per_1000 / 1000)
 
 
 def spare_rows(config, envs):
-    """How many rows the replay keeps beyond its capacity: those written in the time of two checkpoints."""
+    """Rows to keep beyond the replay's capacity: as many as two checkpoint intervals write."""
     length, repeat, ends = (envs.get_attr(x)[0] for x in ("episode_steps", "action_repeat", "can_terminate"))
     episodes = config.eval_every // (repeat * length) + 2 * config.num_envs
     return min(2 * episodes * (length + ROUND * ends + 1), config.capacity)
@@ -63,7 +63,7 @@ def spare_rows(config, envs):
 def random_action(config, rng, action, first, t):
     """The random phase's next action (num_envs, A): uniform, or the untrained actor's, tanh of a Gaussian.  Dev. D27
 
-    first  (num_envs,)  where an episode begins: there, and at each multiple of `prefill_hold`, one is drawn
+    first  (num_envs,)  where episodes begin; actions are redrawn there and every `prefill_hold` decisions
     """
     if not config.prefill_hold:
         return rng.uniform(-1, 1, action.shape).astype(np.float32)
@@ -72,13 +72,13 @@ def random_action(config, rng, action, first, t):
 
 
 def standardise(model, replay):
-    """Let the model scale every vector by its mean and deviation in the replay, where it was present."""
+    """Set the mean and deviation by which the model scales each vector, from present readings."""
     present = replay.rows_of("present").astype(bool)
     for m, (name, shape) in enumerate(model.modalities.items()):
         if len(shape) == 1 and present[:, m].any():
             seen = replay.rows_of(name)[present[:, m]].astype(np.float64)
             getattr(model, f"mean_{m}").copy_(torch.tensor(seen.mean(0)))
-            std = seen.std(0)  # what stood still in the random phase may move yet: it is left as it is
+            std = seen.std(0)  # if constant in the random phase, 1: it may move later
             getattr(model, f"std_{m}").copy_(torch.tensor(np.where(std < 1e-6, 1, std.clip(1e-3))))
 
 
@@ -112,7 +112,7 @@ def learn(agent, batches, config, log, progress, check):
 def collect(config, agent, envs, batches, log, progress, check):
     """Collect an episode in every environment, and make all updates that are due by then.
 
-    Where episodes differ in length, environments go on for ROUND decisions, and each to the end of an episode.
+    If episodes differ in length, each environment runs for ROUND decisions, then to the end of its episode.
 
     check    called after every decision and update: it may raise; progress and replay are up to date then
     """
@@ -134,7 +134,7 @@ def collect(config, agent, envs, batches, log, progress, check):
         over = over | (done & (t >= ROUND))
         if done.all() or over.all():
             replay.cut(config.batch_length)  # episodes that are still under way
-            learn(agent, batches, config, log, progress, check)  # what the last step has asked for
+            learn(agent, batches, config, log, progress, check)  # the updates due by now
             return batches.drop()
         check()
 
@@ -146,8 +146,8 @@ def collect(config, agent, envs, batches, log, progress, check):
         learn(agent, batches, config, log, progress, check)  # environments step meanwhile
         observation, reward, terminated, truncated, _ = envs.step_wait()
 
-        first, done = done, terminated | truncated  # the step after the last one is a reset,
-        action = np.where(first[:, None], 0, action)  # which no action led to
+        first, done = done, terminated | truncated  # the step after an episode's last is a reset,
+        action = np.where(first[:, None], 0, action)  # without an action
         progress.steps += repeat * int((~first).sum())
         log.show(progress.steps)
 
@@ -156,7 +156,7 @@ def earned_return(reward, discount, ends):
     """The mean discounted sum of the rewards that followed a step: what `imagined_return` should be.
 
     reward  (T, num_envs), NaN after an episode
-    ends    False: episodes are cut by time alone, and are taken to go on as they were
+    ends    False: only time ends an episode; rewards are assumed to go on alike
     """
     total = weight = following = steps = np.zeros(len(reward[0]))
     for r in reversed(reward):
@@ -167,7 +167,7 @@ def earned_return(reward, discount, ends):
 
 
 def evaluate(config, agent, envs, log, progress, folder, save, check):
-    """Let the agent act in evaluation episodes; save, then show."""
+    """Let the agent act in evaluation episodes; log, film and save."""
     returns, seen = run_episodes(agent, envs, seeds(config.seed, count=config.eval_episodes), check, film=True)
     mean, std = float(returns.mean()), float(returns.std())
     earned = earned_return([step["reward"] for step in seen], config.discount, config.continuation == "on")
@@ -187,7 +187,7 @@ def main(config):
     if config.backgrounds != "procedural":
         say(summary(config.backgrounds))
     if config.task not in environments.TOY and not config.resume:
-        small = "small networks for one CPU core, an hour or two; --preset paper has the paper's sizes, for a GPU"
+        small = "small networks for one CPU core, about two hours; --preset paper has the paper's sizes, for a GPU"
         paper = "the paper's sizes, for a GPU; --preset small has small networks for one CPU core"
         say(f"preset {config.preset}: {small if config.preset == 'small' else paper}")
     # Worker processes first: they are forked, and must not inherit a CUDA context.

@@ -9,7 +9,7 @@ fault is ever shown to it.
     trust = Trust(agent.model, usual, false_alarms=0.005)
     trusted = trust(memory, observation, present, first)     # (B, M): give it to `Agent.act` in place of `present`
 
-Shapes: T steps, B sequences, M modalities, D size of a code: D_f. Time first.
+Shapes: T steps, B sequences, M modalities, D size of a code: D_f, or a reading's with decoders. Time first.
 """
 
 import math
@@ -29,7 +29,7 @@ ROWS = 6000  # steps of the newest episodes that are measured
 
 
 def read(model, observation, present):
-    """What each sensor says, and how unsure its expert is. -> M codes (T, B, D), log std (T, B, M)
+    """Encode each sensor's readings, with its expert's log std. -> M codes (T, B, D), log std (T, B, M)
 
     A code is the expert's mean mu^m(x^m); of a model with decoders it is x^m itself.
     """
@@ -42,7 +42,7 @@ def read(model, observation, present):
 
 
 def predict(model, state, action):
-    """What each sensor should say next: g(z), or what the decoders draw. -> M codes (N, D), h, the prior (N, 2 D_c)"""
+    """Predict each sensor's next code: g(z), or the decoders' output. -> M codes (N, D), h, the prior (N, 2 D_c)"""
     h = model.transition(state, action)
     prior = model.prior(h)
     latent = model.latent(h, gaussian(prior)[0])
@@ -57,7 +57,7 @@ def distance(a, b):
 
 
 def between(model, codes):
-    """The same between all pairs of sensors; 0 where they share no code. M codes (..., D) -> (..., M, M)"""
+    """`distance` of all pairs of sensors; 0 if they share no code. M codes (..., D) -> (..., M, M)"""
     if hasattr(model, "decoders"):
         return codes[0].new_zeros(*codes[0].shape[:-1], len(codes), len(codes))
     return torch.stack([distance([x] * len(codes), codes) for x in codes], -2)
@@ -82,8 +82,8 @@ def usual_distances(model, observation, present, action):
 
     surprise  (R, AHEAD, M)  from what was predicted 1 to AHEAD steps before; exceeded at the RATES (R,)
     quarrel   (R, M, M)      between two sensors' codes at one step; exceeded at the RATES. Infinite with decoders
-    repeat    (R, M)         from the nearest of the sensor's own last AHEAD codes; *fallen short of* at the RATES
-    log_std   (R, M)         median of the expert's uncertainty, R times the same
+    repeat    (R, M)         from the nearest of the sensor's own last AHEAD codes; lower quantiles at the RATES
+    log_std   (R, M)         median of the expert's log std, repeated R times
     """
     (said, log_std), filtered = read(model, observation, present), model.observe(observation, present, action)
     rates = torch.tensor(RATES, device=action.device)
@@ -125,10 +125,10 @@ class Trust:
 
     A reading is dropped
     1. if it repeats itself, being nearer to one of its sensor's last AHEAD readings than honest ones are;
-    2. if it quarrels with another, being farther from it than honest ones are, and is the more surprising of the two,
-       by a running average of log f times its expert's variance, or by a reading that is an exact repetition;
-    3. if it is farther from the prediction than honest ones are, as many steps after its sensor was last believed.
-       After AHEAD steps a sensor gets another hearing: this test is passed, whatever it says.
+    2. if it quarrels with another, being farther from it than honest ones are, and is the more surprising of the two:
+       by a running average of -log f times its expert's variance, or because it is an exact repetition;
+    3. if it is farther from the prediction than honest ones are that many steps after its sensor was last believed.
+       After AHEAD steps, this test is skipped.
 
     model         with fusion "product", see `mssm.py`
     usual         from `measure`
@@ -150,7 +150,7 @@ class Trust:
 
     @torch.no_grad()
     def __call__(self, memory, observation, present, first):
-        """Arguments as of `Agent.act`; returns (B, M) bool, where a sensor is present and believed."""
+        """Arguments as for `Agent.act`; returns (B, M) bool, where a sensor is present and believed."""
         present, goes_on = present.bool(), ~first.unsqueeze(-1)
         said, log_std = read(self.model, {k: x.unsqueeze(0) for k, x in observation.items()}, present.unsqueeze(0))
         said, log_std = [x[0] for x in said], log_std[0]

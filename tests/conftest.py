@@ -21,7 +21,13 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would a run
 
 
+LONG = "reliability sweep train docs fuzz fast methods envs wiping trust tools pictures".split()  # begin with these
+
+
 def pytest_collection_modifyitems(items):
+    """Long files first, so that no process waits for another's at the end; those that open OpenGL after those that fork."""
+    rank = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))

@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("hypothesis", reason="pip install -r requirements-dev.txt")
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+import killer
 from test_reliability import TOY
 
 import envs
@@ -24,6 +25,7 @@ import train
 from config import Config
 from methods import METHODS
 from mssm import MSSM
+from pictures import of_evaluation
 
 EXAMPLES = int(os.environ.get("FUZZ", 1))  # times as many
 settings.register_profile("fuzz", deadline=None, derandomize="FUZZ" not in os.environ, database=None,
@@ -118,6 +120,8 @@ def small(draw):
 def test_a_small_run_of_any_configuration_works_or_says_why(tmp_path_factory, given):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("small"))
+        killer.without_pictures(patch.setattr)
+        patch.setattr(train, "of_evaluation", of_evaluation)  # it depends on the configuration
         works_or_says_why(lambda: train.main(train.parse([*given, "--name", "small"])))
         if Path("runs").exists():
             works_or_says_why(lambda: train.main(train.parse(["--resume", "runs/small", "--steps", "150"])))

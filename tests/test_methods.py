@@ -386,10 +386,12 @@ def test_each_method_reduces_its_own_loss(method):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a small run."""
+    import killer
     from test_train import run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("trained"))
+        killer.without_pictures(patch.setattr)
         run("--steps", "200", "--name", "x")
         yield Path.cwd() / "runs" / "x"
 

@@ -252,9 +252,8 @@ def test_an_evaluation_is_the_same_filmed_or_not(task, task_kwargs, side, tmp_pa
         monkeypatch.setattr(envs.FitSpaces, "rendered", False)
         monkeypatch.delitem(sys.modules, "dm_control", raising=False)
     kwargs = {"task_kwargs": json.loads(task_kwargs)} if task_kwargs else {}
-    results = []
+    results, vector = [], envs.make_vector_env(task, 2, split="eval", **kwargs)
     for film in (False, True):
-        vector = envs.make_vector_env(task, 2, split="eval", **kwargs)
         if task == "Pendulum-v1":  # takes one number
             agent = Turning()
             agent.act = lambda *args, **kwargs: (lambda a, m: (a[:, :1], m))(*Turning().act(*args, **kwargs))
@@ -262,7 +261,7 @@ def test_an_evaluation_is_the_same_filmed_or_not(task, task_kwargs, side, tmp_pa
             agent = Turning()
         results.append(evaluate.run_episodes(agent, vector, [5, 6], film=film))
         assert vector.call("view", 5)[1] is None
-        vector.close()
+    vector.close()
     (returns, plain), (filmed_returns, filmed) = results
     np.testing.assert_array_equal(returns, filmed_returns)
     assert len(plain) == len(filmed) and "rendered" not in plain[0]

@@ -28,6 +28,7 @@ import checkpoint as runs
 import train
 from agent import Agent
 from config import load_config
+from pictures import write_video
 from replay import Replay
 
 ROOT = Path(__file__).parent.parent
@@ -210,8 +211,8 @@ def test_a_signal_to_the_process_group_leaves_a_checkpoint_and_no_process(home, 
     name, log = f"signal-{number}", Path(f"signal-{number}.log")
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, ROOT / "train.py", *TOY, "--steps", "1000000", "--name", name], start_new_session=True,
-            stderr=file, stdout=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=listen,
+            [sys.executable, ROOT / "train.py", *TOY, "--eval-every", "1000", "--steps", "1000000", "--name", name],
+            start_new_session=True, stderr=file, stdout=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=listen,
         )  # fmt: skip
         folder, patience = Path("runs") / name, time.monotonic() + 100
         while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 5:
@@ -279,15 +280,19 @@ def children_of_group(group):
     return [fields for fields in stats if int(fields[2]) == group and fields[0] != "Z"]
 
 
-@pytest.mark.parametrize("options", ["PYTHONIOENCODING=ascii {train} --steps 200 >log", "{train} --steps 200 | true"])
+@pytest.mark.parametrize("options", ["PYTHONIOENCODING=ascii {train} --steps 100 >log", "{train} --steps 100 | true"])
 def test_an_output_that_cannot_be_written_ends_no_run(home, options):
     folder = Path("runs") / f"finished-{abs(hash(options))}"
-    process = start("set -o pipefail; " + options, folder)
+    process = start("set -o pipefail; " + options, folder, number=1)
     assert process.wait(timeout=100) == 0
-    assert runs.load_checkpoint(folder)["evaluated"] == 200
-    command = f"set -o pipefail; {sys.executable} {ROOT}/evaluate.py {folder} --episodes 1 --rates None 2>&1 | true"
-    assert subprocess.run(["bash", "-c", command], timeout=100, check=False).returncode == 0
-    assert json.loads((folder / "evaluation.json").read_text())["records"]
+    assert runs.load_checkpoint(folder)["evaluated"] == 100
+
+
+def test_an_output_that_cannot_be_written_ends_no_evaluation(copy):
+    command = f"set -o pipefail; {sys.executable} {ROOT}/evaluate.py {copy} --episodes 1 --rates None 2>&1 | true"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run(["bash", "-c", command], env=environment, timeout=100, check=False).returncode == 0
+    assert json.loads((copy / "evaluation.json").read_text())["records"]
 
 
 def stop_at(monkeypatch, owner, method, call, number=signal.SIGTERM):
@@ -363,6 +368,7 @@ def test_a_full_disk_ends_the_run_with_one_line(copy, monkeypatch, capsys, reque
     if what == "checkpoint":
         os.symlink("/dev/full", copy / "checkpoint.new.pt.tmp")
     elif what == "video":
+        monkeypatch.setattr(train, "write_video", write_video)
         os.symlink("/dev/full", copy / "video-00000600.mp4.tmp")
     else:
         original, full = Replay.add, open("/dev/full", "r+b", buffering=0)
@@ -403,7 +409,7 @@ def test_a_run_on_a_small_disk(home, tmp_path, capfd):
     try:
         command = [sys.executable, ROOT / "train.py"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        options = [*TOY, "--steps", "600", "--name", "small", "--capacity", "1000"]
+        options = [*TOY, "--steps", "300", "--name", "small", "--capacity", "1000"]
         process = subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert process.returncode == 1, process.stderr
         assert "Traceback" not in process.stderr
@@ -416,7 +422,7 @@ def test_a_run_on_a_small_disk(home, tmp_path, capfd):
             [*command, "--resume", "runs/small"], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert process.returncode == 0, process.stderr
-        assert runs.load_checkpoint(tmp_path / "runs/small")["steps"] == 600
+        assert runs.load_checkpoint(tmp_path / "runs/small")["steps"] == 300
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
+import killer
 import numpy as np
 import pytest
 import torch
@@ -58,6 +61,12 @@ def folder(tmp_path_factory):
         yield Path.cwd() / "runs" / "whole"
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Without pictures, which change nothing: the runs are compared with `folder`'s, which has them."""
+    killer.without_pictures(monkeypatch.setattr)
+
+
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -104,6 +113,7 @@ def test_the_video_shows_what_the_agent_saw(folder):
     assert 30 <= sum(value < 130 for value in brightest) <= 45, "38 of 101 are missing and crossed out"
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_resumed_run_equals_an_uninterrupted_one(folder):
     """Bit for bit: parameters, optimisers, generators, replay and logged losses."""
     run("--steps", "400", "--name", "halves")
@@ -133,14 +143,13 @@ def test_the_precision_of_a_run_is_written_down_and_may_change_on_resume(folder)
 
 
 @pytest.mark.dev(28)
-@pytest.mark.parametrize("options", [("--eval-every", "400"), ("--eval-episodes", "3"), ("--log-every", "3")])
-def test_what_is_looked_at_changes_nothing_that_is_learnt(folder, options):
-    """Bit for bit: parameters and optimisers after evaluations of another number, length and rate."""
-    name = "looked" + "".join(options)
-    run("--steps", "600", "--name", name, *options)
-    whole, other = (flat(runs.load_checkpoint(folder.parent / n)["agent"]) for n in ("whole", name))
+@pytest.mark.usefixtures("quick")
+def test_what_is_looked_at_changes_nothing_that_is_learnt(folder):
+    """Bit for bit: parameters and optimisers after evaluations of another number and rate, and other log lines."""
+    run("--steps", "600", "--name", "looked", "--eval-every", "400", "--eval-episodes", "3", "--log-every", "3")
+    whole, other = (flat(runs.load_checkpoint(folder.parent / n)["agent"]) for n in ("whole", "looked"))
     assert [path for path in whole if not np.array_equal(whole[path], other[path])] == []
-    returns = [[x["train_return"] for x in lines(folder.parent / n) if "train_return" in x] for n in ("whole", name)]
+    returns = [[x["train_return"] for x in lines(folder.parent / n) if "train_return" in x] for n in ("whole", "looked")]
     assert returns[0] == returns[1]
 
 
@@ -170,6 +179,7 @@ def test_what_was_earned_is_in_the_units_of_what_is_imagined():
     assert math.isclose(train.earned_return(ending, 0.5, ends=True), (2.5 + 3 + 4 + 2) / 4)
 
 
+@pytest.mark.usefixtures("quick")
 def test_vectors_are_standardised_by_the_random_phase(tmp_path, monkeypatch):
     """On for anybody's environment; statistics of the present readings, kept in the checkpoint."""
     monkeypatch.chdir(tmp_path)
@@ -191,6 +201,7 @@ def test_what_stood_still_in_the_random_phase_may_move_later():
     assert model.std_0[0] == pytest.approx(seen[:, 0].std()) and model.std_0[1:].tolist() == pytest.approx([1, 1e-3])
 
 
+@pytest.mark.usefixtures("quick")
 def test_returns_in_training_are_those_of_whole_episodes_of_any_length(tmp_path, monkeypatch):
     """Were a round to end with the first episode that ends, long ones would be cut, and the mean too low."""
     monkeypatch.chdir(tmp_path)
@@ -212,6 +223,7 @@ def test_options_that_a_method_does_not_read_are_told(capsys):
         assert capsys.readouterr().err == (f"{option[0].replace('no-', '')} changes nothing: {method} does not read it\n" if told else "")
 
 
+@pytest.mark.usefixtures("quick")
 def test_another_seed_gives_another_run(folder):
     run("--steps", "200", "--name", "other", "--seed", "2")
     first, other = (runs.load_checkpoint(folder.parent / name)["agent"]["model"] for name in ("whole", "other"))
@@ -226,6 +238,7 @@ def test_evaluation_has_episodes_of_its_own():
 
 def test_evaluations_are_on_unseen_backgrounds_and_without_exploration(tmp_path, monkeypatch):
     """Those during training and those of evaluate.py. The environments and the agent run as they are, and are listened to."""
+    killer.without_pictures(monkeypatch.setattr)
     splits, explored = [], []
     make, act = envs.make_vector_env, FastAgent.act
     monkeypatch.setattr(envs, "make_vector_env", lambda *a, **k: (splits.append(k.get("split", "train")), make(*a, **k))[1])
@@ -402,6 +415,7 @@ def test_a_table_says_what_it_was_made_under_and_an_agent_may_act_by_a_sample(fo
     assert returns[0] == returns[1] != returns[2]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_may_move_with_its_backgrounds_but_not_to_others(tmp_path, monkeypatch):
     """The path is given again; clips of other content are refused."""
     monkeypatch.chdir(tmp_path)
@@ -409,7 +423,9 @@ def test_a_run_may_move_with_its_backgrounds_but_not_to_others(tmp_path, monkeyp
         np.save(f"{name}.npy", np.full((3, 30, 64, 64, 3), shade, np.uint8))
     finger = "--task finger_spin --prefill 100 --updates-per-1000 1 --first-updates 1 --eval-every 1000 --capacity 600"
     small = [*SMALL, *finger.split(), "--num-envs", "1", "--eval-episodes", "1", "--name", "moved"]
-    train.main(parse([*small, "--steps", "1000", "--backgrounds", "here.npy"]))
+    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
+        patch.setattr(train, "collect", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or args[-1]())
+        train.main(parse([*small, "--steps", "1000", "--backgrounds", "here.npy"]))
     with pytest.raises(ValueError, match="other clips"):
         train.main(parse(["--resume", "runs/moved", "--steps", "2000", "--backgrounds", "others.npy"]))
     with pytest.raises(ValueError, match="other clips"):
@@ -418,8 +434,8 @@ def test_a_run_may_move_with_its_backgrounds_but_not_to_others(tmp_path, monkeyp
     with pytest.raises(ValueError, match="other clips"):
         evaluate.main(evaluate.Options(runs=("runs/moved",), episodes=1))
     Path("here.npy").unlink()
-    train.main(parse(["--resume", "runs/moved", "--steps", "2000", "--backgrounds", "there.npy"]))
-    assert runs.load_checkpoint("runs/moved")["steps"] == 2000
+    train.main(parse(["--resume", "runs/moved", "--steps", "1000", "--backgrounds", "there.npy"]))
+    assert runs.load_checkpoint("runs/moved")["steps"] == 1000
     assert runs.load_checkpoint("runs/moved")["config"]["backgrounds"] == "there.npy"
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import killer
 import numpy as np
 import pytest
 import torch
@@ -301,6 +302,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trust")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        killer.without_pictures(patch.setattr)
         train.main(parse([*"--task toy --name a --steps 800 --prefill 400 --first-updates 2 --updates-per-1000 5 --device cpu "
                           "--eval-every 800 --eval-episodes 2 --num-envs 2".split()]))  # fmt: skip
     return folder / "runs" / "a"
@@ -328,13 +330,15 @@ def test_where_nothing_is_dropped_the_agent_acts_bit_for_bit_as_without_the_rule
 
 def test_evaluation_tells_what_lies_cost_and_how_they_are_found(run, capsys, monkeypatch):
     monkeypatch.chdir(run.parent.parent)
+    film, write = "evaluation-None-camera=black-trust.mp4", evaluate.write_video
+    monkeypatch.setattr(evaluate, "write_video", lambda path, seen: write(path, seen) if path.name == film else None)
     options = dict(runs=("runs/a",), episodes=2, faults=("camera=black", "noise"), trust=True, references=False, video=True)
     evaluate.main(evaluate.Options(**options))
     table = capsys.readouterr().out
     for row in ("| None | ", "| None, camera=black | ", "| None, position=noise | ", "| None, camera=noise | "):
         assert f"position+camera {row}" in table
     assert "mummi, trust" in table and "ROC area" in table
-    assert (run / "evaluation-None-camera=black-trust.mp4").stat().st_size > 1000
+    assert (run / film).stat().st_size > 1000
     assert "camera=frozen" not in table
     report = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)  # strict: no NaN
     honest = next(record for record in report["records"] if record["trust"] and not record["fault"])
@@ -353,13 +357,14 @@ def test_a_roc_curve_is_of_one_condition(tmp_path, other):
     assert (tmp_path / "lies-roc.png").exists() != bool(other)
 
 
-@pytest.mark.parametrize("what", ["trust", "calibration"])
-def test_a_run_without_experts_has_nothing_to_trust_or_to_calibrate(tmp_path, monkeypatch, what):
+def test_a_run_without_experts_has_nothing_to_trust_or_to_calibrate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    killer.without_pictures(monkeypatch.setattr)
     tiny = "--task toy --method cvrl --steps 400 --prefill 400 --first-updates 1 --eval-episodes 1 --num-envs 1"
     train.main(parse(tiny.split()))
-    with pytest.raises(ValueError, match="--trust and --calibration compare experts"):
-        evaluate.main(evaluate.Options(runs=("runs/toy-cvrl-1",), **{what: True}))
+    for what in ("trust", "calibration"):
+        with pytest.raises(ValueError, match="--trust and --calibration compare experts"):
+            evaluate.main(evaluate.Options(runs=("runs/toy-cvrl-1",), **{what: True}))
 
 
 def test_faults_that_are_unknown_are_refused_in_one_line(run):

@@ -1,8 +1,8 @@
 """What the deviations from the paper change, on the toy world: an hour on two CPU cores.
 
 MuMMI learns from random motion seen by a position sensor and a camera, 37.5 % missing: once as it is, and once with
-the other side of each deviation; three seeds, a process a core. It is measured on motion that it has not seen. Writes
-<output>.md and .json, a row a seed.
+the alternative of each deviation; three seeds, a process a core. It is measured on motion that it has not seen. Writes
+<output>.md, a row per alternative, and .json, a record per seed.
 
     python -m tools.deviations                                            # into runs/deviations
     python -m tools.deviations --output results/deviations/toy_world      # as published
@@ -22,7 +22,7 @@ from checkpoint import say
 from envs import seeds
 from tools import toy
 
-WAYS: dict[str, dict] = {  # other side: the change of the configuration
+WAYS: dict[str, dict] = {  # alternative: the change of the configuration
     "default": {},
     "D1: experts weigh 1/std": {"expert_power": 1},
     "D2: mean of s^f, no sample": {"sample_s_f": False},
