@@ -362,39 +362,24 @@ if __name__ == "__main__":
     class Point(NamedTuple):
         x: torch.Tensor  # (N, 2)
 
-    class World(nn.Module):
-        """A world that needs no learning: actions move a point, reward falls with its distance from 0."""
-
-        def __init__(self):
-            super().__init__()
-            self.offset = nn.Parameter(torch.zeros(2))
-
-        def initial_state(self, batch_size, device=None):
-            return Point(torch.zeros(batch_size, 2))
-
-        def observe(self, observation, present, action, state=None):
-            return observation["x"] + self.offset
-
-        def state(self, filtered):
-            return Point(filtered.flatten(0, 1).detach())
-
-        def latent(self, x):
-            return x
-
-        def imagine_step(self, state, action):
-            return Point(state.x + 0.2 * action)
-
-        def reward(self, latent):
-            return -latent.square().sum(-1)
+    # A world with nothing to learn: actions move a point, the reward falls with its distance from 0.
+    world = nn.Linear(2, 1, bias=False)
+    world.initial_state = lambda batch_size, device=None: Point(torch.zeros(batch_size, 2))
+    world.observe = lambda observation, present, action, state=None: observation["x"]
+    world.state = lambda filtered: Point(filtered.flatten(0, 1))
+    world.latent = lambda x: x
+    world.imagine_step = lambda state, action: Point(state.x + 0.2 * action)
+    world.reward = lambda latent: -latent.square().sum(-1)
 
     torch.manual_seed(0)
-    objective = lambda model, filtered, batch: (model.offset.square().sum(), {})  # noqa: E731
-    agent = Agent(World(), objective, 2, units=32, horizon=8, actor_lr=1e-2, critic_lr=1e-2)
+    objective = lambda model, filtered, batch: (model.weight.square().sum(), {})  # noqa: E731
+    agent = Agent(world, objective, 2, units=32, horizon=8, initial_std=1.0, actor_lr=3e-3, critic_lr=3e-3)
     observation, present, first = {"x": torch.tensor([[0.8, -0.8]])}, torch.ones(1, 1), torch.ones(1).bool()
-    for update in range(21):
-        if update % 10 == 0:
+    for update in range(41):
+        if update % 20 == 0:
             memory = agent.initial_memory(1)
             action, memory = agent.act(memory, observation, present, first, explore=False)
-            print(f"after {update:2} updates the action {tuple(action.shape)} at (0.8, -0.8) is {action.tolist()}")
+            chosen = f"{action.tolist()} of {tuple(action.shape)}; the best is [[-1, 1]]"
+            print(f"after {update:2} updates the action at (0.8, -0.8) is {chosen}")
         x = torch.rand(4, 4, 2) * 2 - 1
         metrics = agent.update({"observation": {"x": x}, "present": None, "action": None})

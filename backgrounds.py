@@ -103,8 +103,6 @@ def open_clips(source, split):
 
 def summary(source):
     """One line: how many clips a source holds and how they are split."""
-    if source == "procedural":
-        return "backgrounds procedural: evaluation has scenes of its own"
     clips = find_clips(source)
     count, held_out = len(clips), -(-len(clips) // 10)
     if count > 1:

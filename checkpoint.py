@@ -206,8 +206,7 @@ def check_backgrounds(folder, source, new=False):
     path, found = Path(folder) / "backgrounds.json", fingerprint(source)
     kept = json.loads(path.read_text())["fingerprint"] if path.exists() else found if new else "procedural"
     if kept != found:
-        raise ValueError(f"backgrounds {source} hold other clips than those of {folder}: give --backgrounds the path "
-                         "of the same ones, or start a new run")  # fmt: skip
+        raise ValueError(f"backgrounds {source} hold other clips than those of {folder}: give their path or start anew")
     if new and source != "procedural":
         write_file(path, json.dumps({"path": str(source), "fingerprint": found}).encode())
 
@@ -454,6 +453,5 @@ def load_checkpoint(folder):
         return read_checkpoint(Path(folder))
     path, state = newest_checkpoint(folder)
     if path is None:
-        raise ValueError(f"{Path(folder) / 'checkpoint.pt'} is missing: give the folder of a run that has reached its "
-                         "first evaluation")  # fmt: skip
+        raise ValueError(f"{Path(folder) / 'checkpoint.pt'} is missing: give a run that has had its first evaluation")
     return state

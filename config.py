@@ -116,7 +116,7 @@ class Behaviour:
     mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [code: 1]
     exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
     act_by: str = "mode"  # of the actor in evaluation: mode or sample.  Dev. D12 [code: sample]
-    continuation: str = "auto"  # learn where episodes end: on, off, or auto, on where they can.  Dev. D22 [ours]
+    continuation: str = "auto"  # learn where episodes end: on, off, or auto (on for gymnasium.make).  Dev. D22 [ours]
 
 
 @dataclass
@@ -157,12 +157,12 @@ SMALL: dict = dict(
 OWN = SMALL | dict(prefill=5_000, prefill_hold=0, free_nats=0.5, initial_std=1.0, actor_lr=2e-5, critic_lr=1e-3)
 TASK_DEFAULTS = {"toy": TOY, "toy_two_cameras": TOY, "toy_xy": TOY, "table_wiping": WIPING}
 
-POSITIVE = "clip initial_std model_lr actor_lr critic_lr".split()
 RANGES = {  # larger sizes could only fail for want of memory or disk
     "d_h d_c d_f hidden units channels batch_size batch_length": (1, 2**16), "num_envs eval_episodes": (1, 2**10),
     "horizon": (2, 2**10), "steps capacity log_every eval_every": (1, 10**10), "discount return_lambda": (0, 1),
     "seed prefill prefill_hold first_updates updates_per_1000 model_updates exploration mpc_rate mpc_iterations "
     "fused_kl_scale reward_weight free_nats": (0, 2**63 - 1),
+    "clip initial_std model_lr actor_lr critic_lr": (1e-30, 1e30), "absent_logit": (-math.inf, 1e30),
 }  # fmt: skip
 CHOICES: dict[str, list] = {
     "preset": ["paper", "small"], "method": list(METHODS),
@@ -204,8 +204,7 @@ def parse(arguments, description=""):
         if was != given and config.method not in READ_BY.get(name, config.method).split():
             print(f"{option} changes nothing: {config.method} does not read it", file=sys.stderr)
         if known.resume and name not in MAY_CHANGE and was != given:
-            raise ValueError(f"{known.resume} was trained with {option} {was}, not {given}: leave {option} out, "
-                             "or start a new run")  # fmt: skip
+            raise ValueError(f"{known.resume} was trained with {option} {was}, not {given}: leave it out or start anew")
     check(config)
     return decide(config)
 
@@ -280,13 +279,8 @@ def check(config):
         for name in names.split():
             if not least <= getattr(config, name) <= most:
                 refuse(name, f"{least} to {most}")
-    for name in POSITIVE:
-        if not 0 < getattr(config, name) < math.inf:
-            refuse(name, "a number above 0")
     if config.steps < config.prefill:
         refuse("steps", f"at least --prefill {config.prefill}: nothing is learnt before")
-    if not config.absent_logit < math.inf:
-        refuse("absent_logit", "a number or -inf")
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             refuse(name, "one of " + ", ".join(map(str, choices)))
@@ -324,14 +318,10 @@ def sensing(config):
 
 
 def decide(config):
-    """The configuration with every "auto" that depends on the task decided: on or off."""
-    if config.standardise == "auto":
-        config = replace(config, standardise="off" if config.task in environments.TASKS else "on")
-    if config.continuation != "auto":
-        return config
-    env = environments.make_env(config.task, **sensing(config))
-    env.close()
-    return replace(config, continuation="on" if env.can_terminate else "off")
+    """The configuration with every "auto" that depends on the task decided: on for those of `gymnasium.make`."""
+    auto = "off" if config.task in environments.TASKS else "on"
+    decided = {name: auto for name in ("standardise", "continuation") if getattr(config, name) == "auto"}
+    return replace(config, **decided)
 
 
 def to_act(config, device):

@@ -152,7 +152,7 @@ class MissingSensors(gymnasium.Wrapper, RecordConstructorArgs):
         # A missing sensor reads zero, wherever its own range lies.
         spaces = [(s, Box(np.minimum(x.low, 0), np.maximum(x.high, 0), dtype=x.dtype)) for s, x in self.sensors.items()]
         self.observation_space = Dict([*spaces, ("present", MultiBinary(len(spaces)))])
-        self.action_repeat, self.can_terminate = said(env, "action_repeat", 1), said(env, "can_terminate", True)
+        self.action_repeat = said(env, "action_repeat", 1)
         self.episode_steps, self.first_seed, self.generator, self.under_way = time_limit(env), seed, None, False
 
     def reset(self, *, seed=None, options=None):
@@ -346,8 +346,7 @@ class FitSpaces(gymnasium.ObservationWrapper, RecordConstructorArgs):
         self.observation_space, self.wanted = Dict(list(self.forms.items())), list(self.forms)
         box = self.env.action_space
         if not isinstance(box, Box) or box.dtype.kind != "f" or not box.is_bounded() or 0 in box.shape:
-            raise ValueError(f"{self.name} has actions {box}; allowed is a bounded Box of floats: wrap the environment "
-                             "in one that takes such actions")  # fmt: skip
+            raise ValueError(f"{self.name} has actions {box}; allowed is a bounded Box of floats: wrap the environment")
         self.action_space = Box(-1, 1, (int(np.prod(box.shape)),), np.float32)
 
     def form(self, name, space):
@@ -437,7 +436,6 @@ class World(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     render_mode = "rgb_array"
-    can_terminate = False
 
     def __init__(self, spaces, action_size):
         self.observation_space, self.wanted = Dict(list(spaces.items())), list(spaces)
@@ -458,13 +456,12 @@ class World(gymnasium.Env):
 
 def choose_renderer():
     """Let MuJoCo draw without a screen, and without a GPU unless MUJOCO_EGL_DEVICE_ID names one."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        if Path(MESA).exists() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
-            # A picture takes one core a millisecond. Eight processes that draw on one GPU hang with some drivers
-            # (github.com/google-deepmind/mujoco/issues/3444), and the learner needs the GPU.
-            os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
-            os.environ.setdefault("LP_NUM_THREADS", "0")  # every environment has a process already
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    if Path(MESA).exists() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
+        # A picture takes one core a millisecond. Eight processes that draw on one GPU hang with some drivers
+        # (github.com/google-deepmind/mujoco/issues/3444), and the learner needs the GPU.
+        os.environ.setdefault("__EGL_VENDOR_LIBRARY_FILENAMES", MESA)
+        os.environ.setdefault("LP_NUM_THREADS", "0")  # every environment has a process already
 
 
 def import_renderer():
@@ -473,8 +470,7 @@ def import_renderer():
     try:
         from dm_control import _render
     except AttributeError as error:  # PyOpenGL found no library
-        raise RuntimeError("no OpenGL library found; install the Debian packages libegl1 and "
-                           "libgl1, or libosmesa6 and set MUJOCO_GL=osmesa") from error  # fmt: skip
+        raise RuntimeError("no OpenGL: install libegl1 and libgl1, or libosmesa6 with MUJOCO_GL=osmesa") from error
     return _render
 
 

@@ -35,8 +35,7 @@ from envs import seeds
 from fast import restart_with_quiet_threads
 from methods import METHODS, choose_device, make_agent
 from pictures import SIDE, square, write_video
-from replay import Replay, replay_fields
-from trust import RATES as FALSE_ALARMS, Trust, measure
+from trust import RATES as FALSE_ALARMS, Trust
 
 RATES = {"None": 0.0, "Medium": 0.375, "High": 0.75}  # section V, Table I
 TABLE_II = ("Medium", "None")
@@ -204,20 +203,14 @@ def detection(seen, m):
               in which there is one, "found": share of these, "area": under the ROC curve of the suspicion,
               "roc": [[honest readings above a threshold, lies above it], ...]}; NaN where there are none
     """
-    told, segments = [], []  # (suspicion, trusted, lying) of a reading; [steps to the first drop] of a segment
+    told, segments = [], []  # (suspicion, trusted, lying) of a reading; [trusted, ...] of a segment of lies
     for steps in seen:
         for b in range(len(steps[0]["reward"])):
-            lied = False
-            for step in steps:
-                lying = bool(step["lying"][b, m])
-                if np.isnan(step["reward"][b]) or not step["present"][b, m]:
-                    continue
-                trusted = step["trusted"][b, m]
-                told.append((step["suspicion"][b, m], trusted, lying))
-                if lying:
-                    segments += [] if lied else [[]]
-                    segments[-1].append(trusted)
-                lied = lying
+            here = [step for step in steps if step["present"][b, m] and not np.isnan(step["reward"][b])]
+            readings = [(step["suspicion"][b, m], step["trusted"][b, m], bool(step["lying"][b, m])) for step in here]
+            for lying, segment in itertools.groupby(readings, lambda reading: reading[2]):
+                segments += [[trusted for _, trusted, _ in segment]] if lying else []
+            told += readings
     suspicion, trusted, lying = np.reshape(told, (-1, 3)).T
     lies, honest, lying = suspicion[lying > 0], suspicion[lying == 0], lying > 0
     delays = [segment.index(0) for segment in segments if 0 in segment]
@@ -421,22 +414,6 @@ def check(options):
     choose_device(options.device)
 
 
-def usual_of(folder, config, agent, state):
-    """The distances that are usual for a run: those of its checkpoint, or measured on its replay. None without experts.
-
-    Raises ValueError where there is neither.
-    """
-    if agent.model.fusion != "product" or "usual" in state:
-        return state.get("usual")
-    if not (Path(folder) / "replay").is_dir():
-        raise ValueError(f"--trust: {folder} was not trained to its end, and its replay is gone: leave --trust out")
-    env = environments.make_env(config.task, **sensing(config))
-    fields = replay_fields(env.observation_space, state["action_size"], config.continuation == "on")
-    replay = Replay(Path(folder) / "replay", fields, config.capacity)
-    replay.load_state_dict(state["replay"])
-    return measure(agent.model, replay)
-
-
 def main(options):
     """Evaluate all runs, write the table and print it. Raises ValueError on bad input."""
     options = replace(options, runs=tuple(only_runs(options.runs)))
@@ -461,7 +438,9 @@ def main(options):
         agent.load_state_dict(state["agent"])
         say(f"{folder}: step {state['steps']}", sys.stderr)
         parameters = sum(p.numel() for p in agent.model.parameters())
-        usual = usual_of(folder, config, agent, state) if options.trust else None
+        usual = state.get("usual") if options.trust else None
+        if options.trust and usual is None and agent.model.fusion == "product":
+            raise ValueError(f"--trust: {folder} has no usual distances: train it to its end, or leave --trust out")
         for record in evaluate_run(folder, config, agent, state["steps"], options, usual):
             records.append(record | {"parameters": parameters, "label": ", ".join(labels[folder])})
     tasks = {config.task: config for config in configs.values()} if options.references else {}

@@ -9,7 +9,6 @@ compute the same numbers in float32 (`--no-fast` takes the plain ones). Shapes: 
 
 import ctypes
 import os
-import platform
 import sys
 import warnings
 from collections import Counter
@@ -46,10 +45,9 @@ def restart_with_quiet_threads():
 def prepare(device, bfloat16, exact_losses, deterministic):
     """Settings of the whole process. exact_losses: the losses' products read float32 layers, and must not be TF32."""
     if device.type == "cpu":
-        if platform.libc_ver()[0] == "glibc":  # keep freed activations: their pages need not be faulted in again
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc = ctypes.CDLL(None)  # keep freed activations: their pages need not be faulted in again
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         torch.set_float32_matmul_precision(faster_exact_product())
         return
     # TF32 loses nothing of factors that come from bfloat16 layers; on the way back it rounds the other to 11 bits.
@@ -89,8 +87,7 @@ def faster_exact_product(size=512):
 
 def processor():
     """The system's description of the processor, with its vendor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return Path("/proc/cpuinfo").read_text()
 
 
 # ---- 2. The weight gradient of a layer in a loop: one product for all steps -----------------------

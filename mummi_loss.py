@@ -112,10 +112,8 @@ def mummi_loss(bounds, present, weights, log_reward, kl, free_nats=3.0, over_pre
     free_nats     nats of the mean KL that cost nothing, [Dreamer].  Dev. D19
     returns       ()
     """
-    information = sum(
-        weights[name] * (mean_over(bound, present[name]) if over_present else bound.mean())
-        for name, bound in bounds.items()
-    )
+    mean = {m: mean_over(bound, present[m]) if over_present else bound.mean() for m, bound in bounds.items()}
+    information = sum(weights[m] * mean[m] for m in bounds)
     return -(information + log_reward.mean() - kl.mean().clamp(min=free_nats))
 
 
@@ -127,10 +125,7 @@ def elbo_loss(log_likelihoods, present, log_reward, kl, free_nats=3.0):
     log_reward, kl   (N,)
     returns          ()
     """
-    reconstruction = sum(
-        torch.where(present[name], log_likelihood, 0.0).mean()
-        for name, log_likelihood in log_likelihoods.items()
-    )
+    reconstruction = sum(torch.where(present[m], log_p, 0.0).mean() for m, log_p in log_likelihoods.items())
     return -(reconstruction + log_reward.mean() - kl.mean().clamp(min=free_nats))
 
 

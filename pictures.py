@@ -3,10 +3,7 @@
     pictures = of_evaluation(agent.model, seen, "mummi")   # {name: (height, width, 3) uint8}
     write_video(Path("episode.mp4"), seen)                # world, sensors, action and reward
 
-seen  one dictionary a decision, from `evaluate.run_episodes`: every sensor (num_envs, ...), zeros where
-      missing; present (num_envs, M); action (num_envs, A), chosen there; reward (num_envs,), that it
-      earned, NaN after its episode; rendered (H, W, 3) uint8, the first world as it is, if it can be
-      rendered. Everything here shows the first environment.
+seen  one dictionary a decision, from `evaluate.run_episodes`. Everything here shows the first environment.
 
 Shapes: T decisions, M sensors, A action size, D_f size of the fused code.
 """

@@ -229,10 +229,8 @@ def replay_fields(observation_space, action_size, continues=False):
 
     continues  also keep whether the episode goes on
     """
-    fields = {name: (space.shape, space.dtype) for name, space in observation_space.items()}
-    for name, (shape, dtype) in fields.items():
-        if len(shape) == 3 and dtype == np.float32:
-            fields[name] = (shape, np.float16)
+    half = lambda x: len(x.shape) == 3 and x.dtype == np.float32  # noqa: E731
+    fields = {name: (x.shape, np.float16 if half(x) else x.dtype) for name, x in observation_space.items()}
     fields |= {"action": ((action_size,), np.float32), "reward": ((), np.float32)}
     return fields | ({"continues": ((), np.float32)} if continues else {})
 

@@ -15,7 +15,6 @@ robosuite's Wipe as a Gymnasium environment: rendered fast enough for a CPU, wit
 import ctypes
 import importlib.util
 import logging
-import platform
 import sys
 
 import numpy as np
@@ -78,8 +77,7 @@ class TableWiping(World):
             gl.call(self.open_renderer)
         # The files of the model: 180 MB that every worker process would keep.
         mujoco.mj_clearCache(mujoco.mj_getCache())
-        if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
 
     def open_renderer(self):
         """Make a renderer of our own: robosuite's cannot be made cheaper."""

@@ -323,7 +323,6 @@ def test_a_fingerprint_moves_with_its_data_and_changes_with_them(tmp_path, monke
 
 
 def test_a_summary_is_one_line(tmp_path):
-    assert "\n" not in summary("procedural")
     np.save(tmp_path / "one.npy", array_of(LEVELS))
     assert summary(tmp_path / "one.npy").endswith("501 frames of one video; its last tenth is for evaluation, the rest for training")
 

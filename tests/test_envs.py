@@ -270,7 +270,7 @@ def test_missing_data_go_on_where_episodes_have_no_limit():
     env = envs.MissingSensors(Arm(lambda rng: 10**9, sensors=Box(0, 1, (2,))), missing_rate=0.75, seed=1)
     env.reset()
     present = [env.step(np.zeros(3))[0]["present"][0] for _ in range(2500)]
-    assert (env.episode_steps, env.action_repeat, env.can_terminate) == (None, 1, True)
+    assert (env.episode_steps, env.action_repeat) == (None, 1)
     assert env.missing.shape == (3000, 1) and present == (~env.missing[1:2501, 0]).tolist()
     assert (env.missing.reshape(3, 1000).sum(1) == 750).all()
 
@@ -324,10 +324,10 @@ def test_the_registered_time_limit_counts_and_not_an_attribute_that_counts_steps
 
 def test_an_environment_may_tell_its_attributes():
     arm = Arm()
-    arm.episode_steps, arm.action_repeat, arm.can_terminate = 30, 4, False
+    arm.episode_steps, arm.action_repeat = 30, 4
     env = envs.MissingSensors(gymnasium.wrappers.TimeLimit(arm, 30))
     env.reset()
-    assert (env.episode_steps, env.action_repeat, env.can_terminate, len(env.missing)) == (30, 4, False, 31)
+    assert (env.episode_steps, env.action_repeat, len(env.missing)) == (30, 4, 31)
 
 
 def test_its_own_time_limit_truncates_and_its_end_terminates():
@@ -380,7 +380,7 @@ def test_a_task_of_gymnasium(tmp_path):
     """Pendulum needs pygame for its pictures only."""
     env = make_env("Pendulum-v1", seed=4)
     assert list(env.observation_space) == ["state", "present"]
-    assert (env.episode_steps, env.action_repeat, env.can_terminate) == (200, 1, True)
+    assert (env.episode_steps, env.action_repeat) == (200, 1)
     results = rollout(env, 200)
     assert [r[3] for r in results[1:]] == [False] * 199 + [True] and not any(r[2] for r in results[1:])
     assert env.missing.shape == (201, 1) and env.missing.sum() == round(0.375 * 201)
