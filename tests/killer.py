@@ -1,4 +1,4 @@
-"""For test_reliability.py: kills a small run over and over, then lets it finish; prints what was seen as JSON.
+"""Kill a small run over and over, then let it finish; print what was seen as JSON. Other tests use `without_pictures`.
 
     python tests/killer.py <seed> <kills> <options of train.py>...
 
