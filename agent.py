@@ -223,12 +223,13 @@ class Agent:
         """Appendix A: learn the world model from a batch, then the behaviour in its imagination.
 
         batch      observation {name: (T, B, ...)}, present (T, B, M), action (T, B, A),
-                   reward (T, B); action[t] led to observation[t], which came with reward[t]
+                   reward (T, B); action[t] led to observation[t], which came with reward[t].
+                   Where episodes can end early also continues (T, B) and first (T, B)
         behaviour  False: the world model alone.  Dev. D25
         returns    {name: ()} on the device, detached
         """
         # World model: Eq. (17), or another objective; it takes its step before imagination.  Dev. D26
-        filtered = self.model.observe(batch["observation"], batch["present"], batch["action"])
+        filtered = self.model.observe(**{k: batch.get(k) for k in ("observation", "present", "action", "first")})
         loss, metrics = self.objective(self.model, filtered, batch)
         metrics |= self.optimise({"model": loss})
 
@@ -365,7 +366,7 @@ if __name__ == "__main__":
     # A world with nothing to learn: actions move a point, the reward falls with its distance from 0.
     world = nn.Linear(2, 1, bias=False)
     world.initial_state = lambda batch_size, device=None: Point(torch.zeros(batch_size, 2))
-    world.observe = lambda observation, present, action, state=None: observation["x"]
+    world.observe = lambda observation, present, action, state=None, first=None: observation["x"]
     world.state = lambda filtered: Point(filtered.flatten(0, 1))
     world.latent = lambda x: x
     world.imagine_step = lambda state, action: Point(state.x + 0.2 * action)

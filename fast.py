@@ -264,13 +264,13 @@ class FastMSSM(MSSM):
         with present_rows(getattr(self, "experts", ()), present):
             return super().fuse(features, present)
 
-    def observe(self, observation, present, action, state=None):
+    def observe(self, observation, present, action, state=None, first=None):
         posterior_in, _, posterior_out = self.posterior_net
         posterior_from_h = {posterior_in: (posterior_in.weight[:, self.d_s_f :], posterior_in.bias)}
         groups = [plain(self.gru_h) | plain(self.prior_net[0]) | posterior_from_h, plain(self.transition_in),
                   plain(self.gru_x), plain(self.prior_net[2]), plain(posterior_out)]  # fmt: skip
         with torch.autocast(action.device.type, torch.bfloat16, enabled=self.bfloat16), loop(groups):
-            return super().observe(observation, present, action, state)
+            return super().observe(observation, present, action, state, first)
 
     def posterior_from_h(self, h):
         steps = LOOP.get().get(self.posterior_net[0])

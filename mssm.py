@@ -157,10 +157,8 @@ def product_of_experts(mean, std, present, power=2):
     power      2: weights are precisions 1/std^2; 1: 1/std as in [code], which adds 0.01 to the sum.  Dev. D1
     returns    mean (..., D), std (..., D); mean 0, std 1 where the product is empty
     """
-    precision = std.reciprocal() if power == 1 else std.reciprocal().square()
-    precision = precision * present.unsqueeze(-1)  # (..., M, D)
-    total = precision.sum(-2)  # (..., D)
-    total = torch.where(present.any(-1, keepdim=True), total, 1.0)
+    precision = (std.reciprocal() if power == 1 else std.reciprocal().square()) * present.unsqueeze(-1)  # (..., M, D)
+    total = torch.where(present.any(-1, keepdim=True), precision.sum(-2), 1.0)  # (..., D)
     return (precision * mean).sum(-2) / total, total.reciprocal() if power == 1 else total.rsqrt()
 
 
@@ -355,13 +353,14 @@ class MSSM(nn.Module):
         layer = self.posterior_net[0]
         return F.linear(h, layer.weight[:, self.d_s_f :], layer.bias)
 
-    def observe(self, observation, present, action, state=None):
+    def observe(self, observation, present, action, state=None, first=None):
         """Eq. (11): filter sequences of observations into posteriors over s^c.
 
         observation  {name: (T, B, ...)}  of the types in `scale`; no effect where absent
         present      (T, B, M)  bool or 0/1, in the order of the modalities
         action       (T, B, A)  action[t] led to observation[t]
         state        State before the first step, (B, D); zeros if None
+        first        (T, B)  bool, True where another episode begins, in a state of zeros; nowhere if None
         returns      Filtered
         Raises ValueError where a modality or `present` has another shape or type.
         """
@@ -372,9 +371,10 @@ class MSSM(nn.Module):
         from_s_f = F.linear(fused.s_f, self.posterior_net[0].weight[:, : self.d_s_f])  # (T, B, hidden)
         noise = torch.randn(*action.shape[:2], self.d_c, device=action.device)
 
-        state = state or self.initial_state(action.shape[1], action.device)
-        steps = []
-        for action_t, from_s_f_t, observed_t, noise_t in zip(action, from_s_f, fused.observed, noise):
+        state, steps = state or self.initial_state(action.shape[1], action.device), []
+        for t, (action_t, from_s_f_t, observed_t, noise_t) in enumerate(zip(action, from_s_f, fused.observed, noise)):
+            if first is not None:
+                state = State(*(x.masked_fill(first[t].unsqueeze(-1), 0) for x in state))
             h = self.transition(state, action_t)
             inferred = posterior_or_prior(self.posterior(from_s_f_t, h), self.prior(h), observed_t, noise_t)
             state = State(h, inferred[0])

@@ -1,4 +1,4 @@
-"""Replay: whole episodes in files, sequences drawn inside them.
+"""Replay: whole episodes in files, sequences drawn from them.
 
 One array a key and one row a step, in `<folder>/<key>.npy`: sparse files that grow with what was
 written and need no more resident memory than the page cache. A ring buffer: new episodes replace
@@ -163,38 +163,44 @@ class Replay:
     def sample(self, batch_size, length, rng):
         """Sequences of consecutive rows, drawn uniformly from all that lie inside one episode.
 
-        Where `continues` is kept, an episode's last one counts `length` times: its end is drawn as often as its middle.
+        Where `first` is kept, True in an episode's first row, a sequence begins at any row, and goes on with the
+        beginning of another episode where one ends: every row is as likely as any other, in short episodes too.
         returns  {key: (T, B, ...)}
         Raises ValueError if no episode is long enough.
         """
         return self.read(self.choose(batch_size, length, rng), self.buffers(batch_size, length))
 
     def choose(self, batch_size, length, rng):
-        """The first rows (B,) of sequences, drawn as `sample` says."""
+        """The parts of sequences, drawn as `sample` says, (P, 4): sequence, step in it, first row, number of rows."""
         starts, rows = np.array([e[:2] for e in self.episodes], int).reshape(-1, 2).T
-        windows = rows - length + (length if "continues" in self.columns else 1)
-        windows = np.where(rows < length, 0, windows).cumsum()
+        windows = (rows if "first" in self.columns else np.maximum(rows - length + 1, 0)).cumsum()
         if not len(windows) or windows[-1] == 0:
             raise ValueError(f"no episode in the replay has {length} steps: collect more, or shorten --batch-length")
         drawn = rng.integers(windows[-1], size=batch_size)
         episode = np.searchsorted(windows, drawn, side="right")
         offset = drawn - np.concatenate([[0], windows])[episode]
-        return starts[episode] + np.minimum(offset, rows[episode] - length)
+        b, t, parts = np.arange(batch_size), np.zeros(batch_size, int), []
+        while len(b):
+            taken = np.minimum(rows[episode] - offset, length - t)
+            parts.append(np.stack([b, t, starts[episode] + offset, taken], -1))
+            b, t = np.stack([b, t + taken])[:, t + taken < length]
+            episode, offset = rng.integers(len(rows), size=len(b)), 0
+        return np.concatenate(parts)
 
     def buffers(self, batch_size, length, empty=np.empty):
         """{key: (B, T, ...)} for `read` to fill; `empty(shape, dtype)` makes one, in pinned memory perhaps."""
         return {key: empty((batch_size, length, *c.shape), c.dtype) for key, c in self.columns.items()}
 
-    def read(self, first, buffers):
-        """The sequences that begin at the rows `first` (B,), as {key: (T, B, ...)}, views of the buffers."""
+    def read(self, parts, buffers):
+        """The sequences that `choose` drew, as {key: (T, B, ...)}, views of the buffers."""
 
-        def read(sequences):
-            for b in sequences:
+        def read(parts):
+            for b, t, first, rows in parts:
                 for key, column in self.columns.items():
-                    column.read(first[b], buffers[key][b])
+                    column.read(first, buffers[key][b, t : t + rows])
 
         # Copying from the page cache keeps a core busy for longer than a GPU needs for an update.
-        list(self.readers.map(read, np.array_split(np.arange(len(first)), READERS)))
+        list(self.readers.map(read, np.array_split(parts, READERS)))
         return {key: buffer.swapaxes(0, 1) for key, buffer in buffers.items()}
 
     def state_dict(self):
@@ -227,12 +233,12 @@ class Replay:
 def replay_fields(observation_space, action_size, continues=False):
     """{key: (shape, dtype)} of what the replay keeps of one step; two bytes a pixel of depth.
 
-    continues  also keep whether the episode goes on
+    continues  also keep whether the episode goes on, and where it begins
     """
     half = lambda x: len(x.shape) == 3 and x.dtype == np.float32  # noqa: E731
     fields = {name: (x.shape, np.float16 if half(x) else x.dtype) for name, x in observation_space.items()}
     fields |= {"action": ((action_size,), np.float32), "reward": ((), np.float32)}
-    return fields | ({"continues": ((), np.float32)} if continues else {})
+    return fields | ({"continues": ((), np.float32), "first": ((), np.bool_)} if continues else {})
 
 
 class Batches:
@@ -257,14 +263,15 @@ class Batches:
         if self.stream:  # its memory is not to be used again before the update has read it
             for x in batch.values():
                 x.record_stream(torch.cuda.current_stream())
-        rest = {name: batch.pop(name) for name in ("present", "action", "reward", "continues") if name in batch}
+        beside = ("present", "action", "reward", "continues", "first")
+        rest = {name: batch.pop(name) for name in beside if name in batch}
         return {"observation": batch, **rest}
 
     def draw(self):
         return self.thread.submit(self.load, self.replay.choose(*self.size, self.rng))
 
-    def load(self, first):
-        batch = self.replay.read(first, self.buffers)
+    def load(self, parts):
+        batch = self.replay.read(parts, self.buffers)
         if self.stream is None:
             return {key: torch.tensor(x) for key, x in batch.items()}
         with torch.cuda.stream(self.stream):
@@ -295,8 +302,7 @@ if __name__ == "__main__":
         rng = np.random.default_rng(0)
         replay = Replay(folder, {"position": ((2,), "float32"), "reward": ((), "float32")}, capacity=1000)
         for _ in range(12):
-            rows = rng.integers(50, 150)
-            time = np.arange(rows, dtype=np.float32)
+            time = np.arange(rng.integers(50, 150), dtype=np.float32)
             replay.add({"position": np.stack([time, -time], -1), "reward": time})
         batch = replay.sample(4, 20, rng)
         assert (np.diff(batch["reward"], axis=0) == 1).all(), "a sequence crossed an episode's end"

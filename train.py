@@ -128,7 +128,7 @@ def collect(config, agent, envs, batches, log, progress, check):
             batches.wait()
         step = {**observation, "action": action, "reward": reward}
         if config.continuation == "on":
-            step["continues"] = 1.0 - terminated
+            step |= {"continues": 1.0 - terminated, "first": first}
         for episode in replay.record(step, done):
             log.write(progress.steps, {"train_return": float(episode["reward"].sum())})
         over = over | (done & (t >= ROUND))

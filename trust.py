@@ -69,8 +69,9 @@ def between(model, codes):
 def measure(model, replay):
     """`usual_distances` of the newest episodes of a replay, about ROWS steps from their beginnings."""
     length = int(np.median([rows for _, rows, _ in replay.episodes[-50:]]))
-    first = [start for start, rows, _ in replay.episodes if rows >= length][-max(1, ROWS // length) :]
-    batch = replay.read(np.array(first), replay.buffers(len(first), length))
+    starts = [start for start, rows, _ in replay.episodes if rows >= length][-max(1, ROWS // length) :]
+    parts = [(b, 0, start, length) for b, start in enumerate(starts)]
+    batch = replay.read(parts, replay.buffers(len(parts), length))
     batch = {name: torch.as_tensor(x, device=next(model.parameters()).device) for name, x in batch.items()}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)

@@ -66,7 +66,7 @@ def random_batch(steps=T):
 
 
 def observe(model, batch, state=None):
-    return model.observe(batch["observation"], batch["present"], batch["action"], state)
+    return model.observe(batch["observation"], batch["present"], batch["action"], state, batch.get("first"))
 
 
 def tiny_config(method="mummi", **kwargs):

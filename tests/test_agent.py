@@ -38,7 +38,7 @@ class World(nn.Module):
     def initial_state(self, batch_size, device=None):
         return Point(torch.zeros(batch_size, 2))
 
-    def observe(self, observation, present, action, state=None):
+    def observe(self, observation, present, action, state=None, first=None):
         return observation["x"] + 0 * self.offset
 
     def state(self, filtered):

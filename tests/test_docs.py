@@ -285,7 +285,7 @@ class World(nn.Module):
         self.offset = nn.Parameter(torch.zeros(3))
     def initial_state(self, batch_size, device=None):
         return Memory(torch.zeros(batch_size, 3), torch.zeros(batch_size, 4))
-    def observe(self, observation, present, action, state=None):
+    def observe(self, observation, present, action, state=None, first=None):
         return observation["x"] + self.offset
     def state(self, filtered):
         return Memory(filtered.flatten(0, 1).detach(), torch.zeros(filtered.flatten(0, 1).shape[0], 4))

@@ -61,7 +61,8 @@ def update(agent, batch, count=1):
 @pytest.mark.parametrize("method", METHODS)
 def test_with_and_without_it_an_update_is_the_same(float64, method):
     """In float64: float32 rounds differently where products are taken together, as the next test allows."""
-    batch = random_batch(5) | {"continues": (torch.rand(5, B) > 0.2).double()}
+    ends = {"continues": (torch.rand(5, B) > 0.2).double(), "first": torch.rand(5, B) < 0.3}
+    batch = random_batch(5) | ends
     results = [update(tiny_agent(method, fast=f, continuation="on"), batch, count=2) for f in (True, False)]
     (metrics, gradients), (expected, expected_gradients) = results
     assert metrics.keys() == expected.keys() and all(x.dtype == torch.float64 for x in metrics.values())

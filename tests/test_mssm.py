@@ -426,6 +426,30 @@ def test_filtering_step_by_step_equals_filtering_the_sequence(monkeypatch, fusio
 
 
 @pytest.mark.eq(11)
+@pytest.mark.parametrize("fusion", ["product", "concatenate"])
+def test_another_episode_begins_in_a_state_of_zeros(monkeypatch, fusion):
+    """Two episodes in one sequence are what each is alone, and no gradient passes from one to the other."""
+    take_the_mean(monkeypatch)
+    model, batch, t = tiny_model(fusion), random_batch(), 2
+    first = torch.zeros(T, B, dtype=torch.bool)
+    first[t, 0] = True  # in one of the sequences
+    whole = observe(model, batch | {"first": first})
+    rest = {name: x[t:] for name, x in batch["observation"].items()}
+    alone = model.observe(rest, batch["present"][t:], batch["action"][t:])
+    joined = observe(model, batch)
+    for name in ("h", "s_c", "prior_mean", "prior_std"):
+        x = getattr(whole, name)
+        close(x[t:, 0], getattr(alone, name)[:, 0])
+        close(x[:t, 0], getattr(joined, name)[:t, 0])
+        close(x[:, 1:], getattr(joined, name)[:, 1:])
+        assert not torch.allclose(x[t:, 0], getattr(joined, name)[t:, 0])
+    batch["action"].requires_grad_()
+    observe(model, batch | {"first": first}).h[-1].sum().backward()
+    moved = batch["action"].grad.abs().sum(-1) > 0
+    assert not moved[:t, 0].any() and moved[t:, 0].all() and moved[:, 1:].all()
+
+
+@pytest.mark.eq(11)
 def test_the_posterior_does_not_see_the_future():
     model, batch = tiny_model(), random_batch()
     batch["present"][2] = True

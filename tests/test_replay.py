@@ -100,17 +100,33 @@ def test_integers_are_no_depth(tmp_path):
         replay.add({"depth": np.full((9, 4, 4, 1), 1500, np.uint16)})
 
 
-@pytest.mark.parametrize("lengths", [[100], [5, 60, 7, 3, 30]])
-def test_where_it_is_kept_whether_the_episode_continues_its_end_is_drawn_as_often_as_any_step(tmp_path, lengths):
-    """The last of each episode in as many sequences as one in the middle; none crosses an end."""
-    length, replay = 5, Replay(tmp_path, {"step": ((), "int64"), "continues": ((), "float32")}, 1000)
-    for rows in lengths:
-        replay.add({"step": np.arange(rows), "continues": np.float32(np.arange(rows) < rows - 1)})
-    batch = replay.sample(40_000, length, np.random.default_rng(0))
-    assert (np.diff(batch["step"], axis=0) == 1).all() and (batch["continues"][:-1] == 1).all()
-    long_enough = [rows for rows in lengths if rows >= length]
-    weight = sum(long_enough) * (batch["continues"][-1] == 0).mean() / len(long_enough)
-    assert weight == pytest.approx(length, rel=0.05)
+def joined(folder, lengths, draws, length=5):
+    """A batch of a replay that keeps where episodes begin."""
+    replay = Replay(folder, {"episode": ((), "int64"), "step": ((), "int64"), "first": ((), "bool")}, 1000)
+    for number, rows in enumerate(lengths):
+        replay.add({"episode": np.full(rows, number), "step": np.arange(rows), "first": np.arange(rows) == 0})
+    return replay.sample(draws, length, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("lengths", [[100], [5, 60, 7, 3, 30], [2, 1, 3]])
+def test_where_first_is_kept_a_sequence_goes_on_with_the_beginning_of_an_episode(tmp_path, lengths):
+    """Whole to its end, then from a beginning; never from one row to another that does not follow it."""
+    batch = joined(tmp_path, lengths, 1000)
+    ends = np.array(lengths)[batch["episode"]] == batch["step"] + 1
+    follows = (np.diff(batch["step"], axis=0) == 1) & (np.diff(batch["episode"], axis=0) == 0)
+    assert (follows == ~ends[:-1]).all() and ((batch["step"] == 0) == batch["first"]).all()
+    assert (batch["first"][1:] == ends[:-1]).all() and ends[:-1].any()
+
+
+@pytest.mark.parametrize("lengths", [[5, 60, 7, 3, 30], [2, 1, 3]])
+def test_where_first_is_kept_every_row_is_as_likely_as_any_other(tmp_path, lengths):
+    """At the beginning of a sequence, at its end and between: chi-square of 20,000 draws, short episodes and all."""
+    batch, total = joined(tmp_path, lengths, 20_000), sum(lengths)
+    for t in (0, 2, 4):
+        rows = np.cumsum([0, *lengths])[batch["episode"][t]] + batch["step"][t]
+        counts, expected = np.bincount(rows, minlength=total), 20_000 / total
+        bound = total + 4 * (2 * total) ** 0.5  # four standard deviations above its mean
+        assert len(counts) == total and ((counts - expected) ** 2 / expected).sum() < bound
 
 
 def test_what_is_recorded_is_a_copy(tmp_path):

@@ -72,7 +72,7 @@ BY_HAND = {  # take or return states and dictionaries: the last tests
     "scale", "MSSM.imagine_step", "MSSM.decode", "MSSM.state", "MSSM.scale", "MSSM.encode", "MSSM.fuse", "MSSM.expert_shares",
     "MSSM.observe", "Steps.__call__", "contrastive_loss",
     "Agent.update", "Agent.act", "Agent.forget", "Agent.plan", "Column.read", "Column.write", "Replay.add",
-    "Replay.record", "Replay.sample", "Replay.choose", "Replay.buffers", "Replay.read", "Batches.next", "shared_terms",
+    "Replay.record", "Replay.sample", "Replay.buffers", "Replay.read", "Batches.next", "shared_terms",
 }  # fmt: skip
 
 
@@ -222,9 +222,9 @@ def test_shapes_of_what_the_replay_keeps(tmp_path):
     for t in range(L):
         episodes = store.record({"x": np.zeros((B, D), np.float32)}, np.full(B, t == L - 1))
     assert [episode["x"].shape for episode in episodes] == [(L, D)] * B
-    first, buffers = store.choose(B, T, np.random.default_rng(0)), store.buffers(B, T)
-    assert first.shape == (B,) and buffers["x"].shape == (B, T, D)
-    assert store.read(first, buffers)["x"].shape == store.sample(B, T, np.random.default_rng(0))["x"].shape == (T, B, D)
+    parts, buffers = store.choose(B, T, np.random.default_rng(0)), store.buffers(B, T)
+    assert parts.shape == (B, 4) and buffers["x"].shape == (B, T, D)
+    assert store.read(parts, buffers)["x"].shape == store.sample(B, T, np.random.default_rng(0))["x"].shape == (T, B, D)
     store.columns["x"].write(7, np.ones((L, D), np.float32))
     store.columns["x"].read(7, rows := np.zeros((L, D), np.float32))
     assert (rows == 1).all()
