@@ -60,6 +60,7 @@ TOY = {  # task: its sensors
     "toy_xy": ("x", "y"),  # Fig. 20
 }
 TASKS = (*SUITE, "table_wiping", *TOY)
+TIMED = (*SUITE, *TOY)  # time alone ends their episodes
 SPLITS = ("train", "eval")
 
 
@@ -431,7 +432,7 @@ class World(gymnasium.Env):
     episode_steps: int
     info: dict
     begin: Callable  # (rng): start an episode
-    move: Callable  # (action) -> reward
+    move: Callable  # (action) -> reward, whether it ended the episode
     sense: Callable  # (names) -> {name: reading}
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -450,8 +451,8 @@ class World(gymnasium.Env):
 
     def step(self, action):
         self.t += 1
-        reward = self.move(np.clip(action, -1, 1))
-        return self.sense(self.wanted), reward, False, self.t >= self.episode_steps, dict(self.info)
+        reward, terminated = self.move(np.clip(action, -1, 1))
+        return self.sense(self.wanted), reward, terminated, self.t >= self.episode_steps, dict(self.info)
 
 
 def choose_renderer():
@@ -594,7 +595,7 @@ class ControlSuite(World):
 
     def move(self, action):
         self.frame = next(self.background)
-        return float(sum(self.environment.step(action).reward for _ in range(self.action_repeat)))
+        return float(sum(self.environment.step(action).reward for _ in range(self.action_repeat))), False
 
     def sense(self, names):
         newtons = self.environment.physics.data.sensordata[self.touch]
@@ -670,10 +671,9 @@ class ToyWorld(World):
         self.rng, self.position = rng, rng.random(2)
 
     def move(self, action):
-        gust = self.rng.normal(0, TOY_GUST, 2)
-        self.position = np.clip(self.position + TOY_SPEED * action + gust, 0, 1)
+        self.position = np.clip(self.position + TOY_SPEED * action + self.rng.normal(0, TOY_GUST, 2), 0, 1)
         distance = np.linalg.norm(self.position - TOY_GOAL)
-        return float(np.exp(-(distance**2) / (2 * 0.15**2)))
+        return float(np.exp(-(distance**2) / (2 * 0.15**2))), False
 
     def sense(self, names):
         x, y = self.position.astype(np.float32)

@@ -295,8 +295,7 @@ def similarity_picture(model, seen, fused_too, most=100):
 
     fused_too  also of the product's mean, which MuMMI-b learns with
     """
-    filtered = model.observe(*episode(model, seen[:most]))
-    log_f, present = density_ratios(model, filtered, fused_too)
+    log_f, present = density_ratios(model, model.observe(*episode(model, seen[:most])), fused_too)
     rows = math.ceil(len(log_f) / 4)
     columns = math.ceil(len(log_f) / rows)
     figure = Figure(figsize=(3.6 * columns, 4 * rows + 0.3), layout="constrained")

@@ -57,7 +57,7 @@ def spare_rows(config, envs):
     """Rows to keep beyond the replay's capacity: as many as two checkpoint intervals write."""
     length, repeat = (envs.get_attr(x)[0] for x in ("episode_steps", "action_repeat"))
     episodes = config.eval_every // (repeat * length) + 2 * config.num_envs
-    return min(2 * episodes * (length + ROUND * (config.task not in environments.TASKS) + 1), config.capacity)
+    return min(2 * episodes * (length + ROUND * (config.task not in environments.TIMED) + 1), config.capacity)
 
 
 def random_action(config, rng, action, first, t):

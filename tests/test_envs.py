@@ -942,7 +942,7 @@ def begin(self, rng):
     self.position = rng.random(2)
 def move(self, action):
     exec(sys.argv[1])
-    return 0.0
+    return 0.0, False
 envs.ToyWorld.begin, envs.ToyWorld.move = begin, move
 envs.Workers.TIMEOUT = float(sys.argv[2])
 if __name__ == "__main__":

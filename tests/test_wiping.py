@@ -21,7 +21,7 @@ from test_envs import same
 import envs
 from methods import make_agent
 import wiping
-from config import TASK_DEFAULTS, Config
+from config import TASK_DEFAULTS, Config, decide
 from envs import make_env
 
 pytest.importorskip("robosuite", reason="Table Wiping needs: pip install -r requirements-wiping.txt")
@@ -45,10 +45,10 @@ def randomized():
 
 
 def rollout(env, seed, decisions=6):
-    """Everything that an environment returns under the same random actions."""
+    """Everything that an environment returns under the same random actions, too small to end the episode."""
     rng = np.random.default_rng(0)
     results = [env.reset(seed=seed)]
-    return results + [env.step(rng.uniform(-1, 1, 6).astype(np.float32)) for _ in range(decisions)]
+    return results + [env.step(rng.uniform(-0.2, 0.2, 6).astype(np.float32)) for _ in range(decisions)]
 
 
 def dirt(image):
@@ -151,21 +151,27 @@ def test_the_time_limit_truncates(plain):
 
 
 @pytest.mark.dev(17)
-def test_a_failure_costs_and_the_episode_goes_on(plain):
+def test_a_joint_limit_costs_and_ends_the_episode(plain):
     plain.reset(seed=0)
     for _ in range(100):  # pull the arm away until a joint's limit
         _, reward, terminated, truncated, _ = plain.step(np.array([-1, 1, 1, 1, 1, 1]))
-        if reward < 0:
+        if terminated:
             break
-    assert reward < 0 and not terminated and not truncated
-    assert plain.step(np.zeros(6))[1] < 0  # the penalty goes on as well
+        assert reward > -0.1
+    assert -0.4 < reward < -0.2 and terminated and not truncated
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        plain.step(np.zeros(6))
+    plain.reset(seed=0)
+    assert plain.step(np.zeros(6))[2:4] == (False, False)
 
 
-def test_a_clean_table_ends_nothing(plain):
+@pytest.mark.dev(17)
+def test_a_clean_table_ends_the_episode(plain):
     plain.reset(seed=0)
     robosuite = plain.unwrapped.environment
     robosuite.wiped_markers = list(robosuite.model.mujoco_arena.markers)
-    assert plain.step(np.zeros(6))[2:4] == (False, False)
+    assert plain.step(np.zeros(6))[2:4] == (True, False)
+    assert decide(Config(task="table_wiping")).continuation == "on"  # Dev. D22
 
 
 # ---- 3. Randomisation ----

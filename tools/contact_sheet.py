@@ -23,8 +23,7 @@ from envs import TASKS, make_env
 from methods import load_agent
 from wiping import scripted_action
 
-SEEDS = {"table_wiping": 8}  # the arm wipes most of the table,
-SEED = 2  # and random actions catch the ball for a while
+SEED = 2  # random actions catch the ball for a while
 
 
 @dataclass
@@ -42,12 +41,8 @@ def record(task, agent, shown):
     if task not in TASKS:
         raise ValueError(f"{agent} acts in {task}: give an agent of {', '.join(TASKS)}")
     player = load_agent(agent) if agent else None
-    env = make_env(task, seed=SEEDS.get(task, SEED), split="eval" if agent else "train")
-    first, last = shown or (0, 120 if task == "table_wiping" else env.episode_steps)  # 120: the arm has wiped the table
-    moments = np.linspace(first, last, 10).astype(int)
-    if not 0 <= first < last <= env.episode_steps:
-        raise ValueError(f"--moments {first} {last}: give two decisions of 0 to {env.episode_steps}, in order")
-    rng, world, images, vectors, truncated = np.random.default_rng(0), env.unwrapped, {}, {}, False
+    env = make_env(task, seed=8 if task == "table_wiping" else SEED, split="eval" if agent else "train")
+    rng, world, images, vectors = np.random.default_rng(0), env.unwrapped, {}, {}
     (observation, info), action, reward = env.reset(), np.zeros(env.action_space.shape), 0.0
     while True:
         for name in env.sensors:
@@ -58,21 +53,24 @@ def record(task, agent, shown):
             images.setdefault(name, []).append(picture)
         if player:
             vectors.setdefault("reward", []).append([reward])
-        if truncated:
+        if not env.under_way:
             break
-        smooth = 0.9 * action + 0.4 * rng.normal(size=action.shape)
-        action = scripted_action(info) if task == "table_wiping" else smooth
+        action = scripted_action(info) if task == "table_wiping" else 0.9 * action + 0.4 * rng.normal(size=action.shape)
         if player:
             working = zip(env.sensors, observation["present"])
             action = player.act({name: observation[name] for name, present in working if present})
-        observation, reward, _, truncated, info = env.step(action)
+        observation, reward, _, _, info = env.step(action)
+    first, last = shown or (0, env.t)
+    if not 0 <= first < last <= env.t:
+        raise ValueError(f"--moments {first} {last}: give two decisions of 0 to {env.t}, in order")
+    moments = np.linspace(first, last, 10).astype(int)
     if task == "table_wiping":
         for i, t in enumerate(moments):
             world.begin(np.random.default_rng(i))
             for name, image in world.sense(env.sensors).items():
                 images.setdefault(f"{name},\nother starts", {})[t] = image
     env.close()
-    return list(env.sensors), images, vectors, env.missing, moments
+    return list(env.sensors), images, vectors, env.missing[: env.t + 1], moments
 
 
 def draw(task, agent="", shown=None):

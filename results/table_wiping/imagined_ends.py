@@ -1,7 +1,6 @@
 """Does a model of Table Wiping imagine ends where there are none? Sequences of the random phase, filtered, then imagined.
 
-`git apply results/table_wiping/ends.patch`, then `python results/table_wiping/imagined_ends.py RUN ...`, for runs made
-with it: the share of 200 arms that still move after so many decisions.
+`python results/table_wiping/imagined_ends.py RUN ...`: the share of 200 arms that still move after so many decisions.
 """
 
 import sys

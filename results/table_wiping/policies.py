@@ -1,6 +1,6 @@
 """What simple policies earn in Table Wiping, and for how long: ten episodes each, without domain randomisation.
 
-`git apply results/table_wiping/ends.patch`, then `python results/table_wiping/policies.py`: five minutes on one core.
+`python results/table_wiping/policies.py`: five minutes on one core.
 """
 
 import sys
