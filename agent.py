@@ -229,7 +229,7 @@ class Agent:
         returns    {name: ()} on the device, detached
         """
         # World model: Eq. (17), or another objective; it takes its step before imagination.  Dev. D26
-        filtered = self.model.observe(**{k: batch.get(k) for k in ("observation", "present", "action", "first")})
+        filtered = self.model.observe(batch["observation"], batch["present"], batch["action"], first=batch.get("first"))
         loss, metrics = self.objective(self.model, filtered, batch)
         metrics |= self.optimise({"model": loss})
 

@@ -116,7 +116,7 @@ class Behaviour:
     mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [code: 1]
     exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
     act_by: str = "mode"  # of the actor in evaluation: mode or sample.  Dev. D12 [code: sample]
-    continuation: str = "auto"  # learn where episodes end: on, off, or auto: unless time alone does.  Dev. D22 [ours]
+    continuation: str = "auto"  # learn where episodes end: on, off, or auto (not for the TIMED tasks).  Dev. D22 [ours]
 
 
 @dataclass

@@ -45,7 +45,7 @@ DEPTH = Box(0, MAX_DEPTH, (SIZE, SIZE, 1), np.float32)
 MESA = "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # OpenGL without a GPU, on Debian and Ubuntu
 MAX_SEGMENT = 14  # decisions, the longest missing segment  [code] config
 BLOCK = 1000  # decisions for which missing data are drawn at a time where episodes have no time limit
-RESERVED = "present action reward continues first serial rendered lying trusted suspicion".split()  # no sensors
+RESERVED = "present action reward continues first serial rendered lying trusted suspicion".split()  # no sensor's
 
 SUITE = {  # task: domain, task, size of the action, number of touch sensors
     "finger_spin": ("finger", "spin", 2, 2),

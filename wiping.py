@@ -37,7 +37,7 @@ class TableWiping(World):
 
     An episode has at most 1000 control steps, robosuite's default, two for each decision as in the other tasks. A
     clean table ends it, and so does a collision or a joint limit, which costs 0.33 (Dev. D17). Standing still earns
-    12 to 44, the scripted arm 179 to 252. Raises ValueError if robosuite is not installed.
+    12 to 44, the scripted arm 179 to 272. Raises ValueError if robosuite is not installed.
     """
 
     action_repeat, episode_steps = 2, 500
