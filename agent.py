@@ -236,6 +236,8 @@ class Agent:
         if behaviour:  # latent imagination from every posterior state, then Eq. (18)
             latent, action = self.imagine(self.actor.sample, self.model.state(filtered))
             returns, value, weight = self.returns(latent)  # (H - 1, N)
+            if "continues" in batch:  # after an episode's end there is nothing to imagine, [Dreamer]
+                returns, weight = (x * batch["continues"].flatten() for x in (returns, weight))
             losses = {"critic": critic_loss(value, returns, weight), "actor": actor_loss(returns, weight)}
             metrics |= self.optimise(losses)
             metrics["imagined_return"] = returns.mean()
@@ -380,7 +382,6 @@ if __name__ == "__main__":
         if update % 20 == 0:
             memory = agent.initial_memory(1)
             action, memory = agent.act(memory, observation, present, first, explore=False)
-            chosen = f"{action.tolist()} of {tuple(action.shape)}; the best is [[-1, 1]]"
-            print(f"after {update:2} updates the action at (0.8, -0.8) is {chosen}")
+            print(f"update {update:2}, action {tuple(action.shape)} at (0.8, -0.8): {action.tolist()}; best: [[-1, 1]]")
         x = torch.rand(4, 4, 2) * 2 - 1
         metrics = agent.update({"observation": {"x": x}, "present": None, "action": None})

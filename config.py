@@ -130,7 +130,6 @@ examples:
   python train.py --task finger_spin                      the paper's sizes on a GPU, else small
   python train.py --task walker_walk --method cvrl --seed 2          another cell of Table I
   python train.py --task cup_catch --backgrounds videos   a folder of videos behind the body
-  python train.py --task toy --weights position=0.1 --name position  another lambda^m, Eq. (17)
   python train.py --task Hopper-v5 --task-kwargs '{"render_mode": "rgb_array"}'    with a camera
   python train.py --resume runs/finger_spin-mummi-1       go on after a stop
   python train.py --task toy --help                       the defaults of another task

@@ -197,12 +197,15 @@ def test_where_an_episode_may_end_its_future_counts_less():
 @pytest.mark.eq(18, 19)
 @pytest.mark.dev(20, 22)
 def test_update_minimises_both_objectives_where_episodes_may_end():
-    """As above, with a discount of each imagined state's own: 0.9 times the probability that the episode goes on."""
+    """As above, with a discount of each imagined state's own: 0.9 times the probability that the episode goes on.
+
+    The second start state is the last of an episode: nothing is imagined from there.
+    """
     agent, x = world_agent(discount=0.9, return_lambda=0.8, continuation=True), torch.randn(1, N, 2)
     torch.manual_seed(1)
     latent, _ = behaviour.imagine(agent.model, agent.actor.sample, Point(x[0]), H)
-    actor = critic = 0.0
-    for n in range(N):
+    actor = critic = imagined = 0.0
+    for n in (0, 2):
         reward, value = agent.model.reward(latent[:, n]).tolist(), agent.critic(latent[:, n]).tolist()
         discount = [0.9 / (1 + math.exp(-left - 1)) for left in latent[:, n, 0].tolist()]
         for t in range(H - 1):
@@ -214,10 +217,12 @@ def test_update_minimises_both_objectives_where_episodes_may_end():
             weight = math.prod(discount[:t])
             actor -= weight * total / (N * (H - 1))
             critic += weight * (value[t] - total) ** 2 / 2 / (N * (H - 1))
+            imagined += total / (N * (H - 1))
     torch.manual_seed(1)
-    metrics = agent.update(world_batch(x))
+    metrics = agent.update(world_batch(x) | {"continues": torch.tensor([[1.0, 0.0, 1.0]])})
     close(metrics["actor_loss"], actor)
     close(metrics["critic_loss"], critic)
+    close(metrics["imagined_return"], imagined)
 
 
 @pytest.mark.dev(22)
