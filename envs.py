@@ -27,6 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,8 @@ RELEASED_START = {0: 0.0, 0.375: 0.05, 0.75: 0.10}  # nominal rate: chance of a 
 def released_schedule(steps, rate, max_length, rng):
     """Draw by the released code's process: at each observed step a segment may start by chance.  Dev. D7
 
-    Arguments and result as in `missing_schedule`, but the rate is nominal: 0, 0.375 and 0.75 stand for start
-    probabilities of 0, 0.05 and 0.10. The rates in fact are 28.2 % and 45.3 %: segments of 7.5 steps on
-    average alternate with waits of 19 and 9 steps.
+    Arguments and result as in `missing_schedule`, but the rate is nominal: 0.375 and 0.75 stand for the chances in
+    `RELEASED_START`, and are 28.2 % and 45.3 % in fact: segments of 7.5 steps on average between waits of 19 and 9.
     """
     missing = np.zeros(steps, bool)
     t = 0
@@ -221,7 +221,7 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
 
     black     zeros                             frozen    the last good reading, again and again
     noise     random values of the whole range  other     what another episode gives under the same actions
-    occluded  a patch drifts over half of it    delayed   the reading of DELAY steps ago
+    occluded  a patch drifts over half of it    delayed   the reading of DELAY steps ago, or the first
     bias      a vector shifted by a quarter of its range, a picture by 8 pixels, each time another way
 
     `info["lying"]` (M,) int8 tells the truth: 1 where a sensor lies. Raises ValueError for what no sensor can do.
@@ -280,7 +280,7 @@ class LyingSensors(gymnasium.Wrapper, RecordConstructorArgs):
                 lying[name] = False
                 continue
             x, box = observation[name], self.sensors[name]
-            lying[name] &= fault != "frozen" or len(self.good[name]) > 0  # else there is nothing to repeat as yet
+            lying[name] &= fault not in ("frozen", "delayed") or len(self.good[name]) > 0  # is there one to repeat?
             if fault == "delayed" or not lying[name]:
                 self.good[name].append(x)
             if lying[name]:
@@ -362,15 +362,15 @@ class FitSpaces(gymnasium.ObservationWrapper, RecordConstructorArgs):
                 return Box(low, high, dtype=np.float32)
             if space.dtype == np.uint8 and (axes == 2 or channels in ((1,), (3,))) or unit and channels == (3,):
                 return IMAGE
-            if floats and channels == (1,) and not unit and not -np.inf < low < 0 and high != 255:  # else grey?
-                return DEPTH
+            if floats and channels == (1,) and not unit and not -np.inf < low < 0 and not 200 < high < 10**6:
+                return DEPTH  # else it may be grey, or in millimetres
         raise ValueError(f"{self.name}: sensor {name!r} is {space}; allowed are vectors, images (channels last) of "
                          "uint8 in grey or colour or of floats within [0, 1] in colour, and depth (H, W, 1) of "
-                         "floats in metres: wrap the environment in one that converts it")  # fmt: skip
+                         "floats in metres from 0 to above 1 (at most 200): wrap the environment")  # fmt: skip
 
     def step(self, action):
         box = self.env.action_space
-        share = (np.clip(np.float64(action), -1, 1).reshape(box.shape) + 1) / 2
+        share = (np.clip(np.asarray(action, np.float64), -1, 1).reshape(box.shape) + 1) / 2
         action = np.clip(box.low + share * (box.high - box.low), box.low, box.high).astype(box.dtype)
         return super().step(action)
 
@@ -783,8 +783,8 @@ def make_gymnasium(task, task_kwargs):
         env = gymnasium.make(task, **task_kwargs)
     except (gymnasium.error.Error, ImportError, TypeError, AssertionError) as error:
         line = " ".join(str(error).split())
-        raise ValueError(f"task is {task!r}; choose from {', '.join(TASKS)}, or give an id that gymnasium.make "
-                         f"knows, as package:id where a package registers it ({line})") from error  # fmt: skip
+        raise ValueError(f"task {task!r} was not made: {line}; tasks are {', '.join(TASKS)}, and ids that "
+                         "gymnasium.make knows, as package:id where a package registers one") from error  # fmt: skip
     if hasattr(env.unwrapped, "model") and hasattr(env.unwrapped.model, "vis"):  # MuJoCo, as in `ControlSuite.load`
         env.unwrapped.model.vis.quality.shadowsize = env.unwrapped.model.vis.quality.offsamples = 0
     return env
@@ -812,8 +812,8 @@ def reporting(method):
             raise WorkerError(f"an environment's process has not answered for {self.TIMEOUT} s") from error
         except (EOFError, ConnectionError) as error:
             codes = [process.exitcode for process in self.processes if process.exitcode is not None]
-            raise WorkerError(f"an environment's process has died, exit code {codes}: was it killed, "
-                              "or is memory short?") from error  # fmt: skip
+            raise WorkerError(f"an environment's process has died, exit code {codes}: did it fail (see above), "
+                              "was it killed, or is memory short?") from error  # fmt: skip
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOSPC):
                 raise
@@ -829,7 +829,7 @@ class Workers(AsyncVectorEnv):
     Raises WorkerError at once if a worker dies, and if one does not answer for `TIMEOUT` seconds.
     """
 
-    TIMEOUT = 300
+    TIMEOUT, GRACE = 300, 5  # seconds to answer, and to close an environment
 
     def __init__(self, makers, context):
         self.processes, self.parent_pipes = [], []
@@ -849,29 +849,33 @@ class Workers(AsyncVectorEnv):
 
         A stop of any length (Ctrl-Z) falls into one of many short waits, and counts as no more.
         """
-        waits = 0
+        waits = itertools.count(1)
         for pipe in self.parent_pipes:
             while not pipe.poll(self.TIMEOUT / 100):
-                waits += 1
-                if waits == 100:
+                if next(waits) == 100:
                     return False
         return True
 
     def _raise_if_errors(self, successes):
-        """Raise an environment's error as WorkerError; print its traceback unless it is a ValueError."""
+        """Raise an environment's error as WorkerError; print its traceback."""
         if not all(successes):
-            _, kind, value, trace = self.error_queue.get()
-            if kind is not ValueError:
-                print(trace, file=sys.stderr)
+            _, _, value, trace = self.error_queue.get()
+            print(trace, file=sys.stderr)
             raise WorkerError(f"an environment failed: {value}")
 
+    def _add_info(self, infos, info, i):
+        """What `evaluate.py` reads; other things may have another shape in every environment."""
+        return super()._add_info(infos, {name: x for name, x in info.items() if name == "lying"}, i)
+
     def close_extras(self, **kwargs):
-        """Kill the workers: they hold nothing that needs saving."""
         atexit.unregister(self.close)
-        started = [process for process in self.processes if process.pid is not None]
-        for process in started:
+        for pipe in self.parent_pipes:
+            with suppress(OSError):
+                pipe.send(("close", None))
+        late = time.monotonic() + self.GRACE
+        for process in [process for process in self.processes if process.pid is not None]:
+            process.join(max(0, late - time.monotonic()))
             process.kill()
-        for process in started:
             process.join()
         for pipe in self.parent_pipes:
             pipe.close()
@@ -916,8 +920,7 @@ def make_vector_env(task, num_envs, seed=0, **kwargs):
     `reset(seed=[...])` takes one seed per environment. A step after the end of an episode resets and
     ignores its action (AutoresetMode.NEXT_STEP).
     """
-    seeds = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64).tolist()
-    makers = [partial(make_env, task, seed=s, **kwargs) for s in seeds]
+    makers = [partial(make_env, task, seed=s, **kwargs) for s in seeds(seed, count=num_envs)]
     # A fork of a process that has opened OpenGL hangs at its first picture, and CUDA does not survive a fork.
     torch = sys.modules.get("torch")
     is_open = "dm_control" in sys.modules or FitSpaces.rendered or (torch and torch.cuda.is_initialized())
@@ -929,8 +932,8 @@ if __name__ == "__main__":
         env = make_env(task)
         observation, info = env.reset()
         print(task, {name: (value.shape, str(value.dtype)) for name, value in observation.items()})
-        rewards = []
-        while len(rewards) < env.episode_steps:
+        total = 0.0
+        for _ in range(env.episode_steps):
             _, reward, _, _, info = env.step(scripted_toy_action(info["position"]))
-            rewards.append(reward)
-        print(f"    scripted return {sum(rewards):.1f}, missing {env.missing.mean(0)}")
+            total += reward
+        print(f"    scripted return {total:.1f}, missing {env.missing.mean(0)}")

@@ -231,7 +231,7 @@ def refused(env):
 
 
 @pytest.mark.parametrize("space", [
-    Box(0, 65535, (64, 64, 1), np.uint16), Box(0, 10_000, (64, 64, 1), np.int32),  # millimetres are not guessed
+    Box(0, 65535, (64, 64, 1), np.uint16), Box(0, 10_000, (64, 64, 1), np.int32), Box(0, 5000, (64, 64, 1)),  # millimetres?
     Box(0, 1, (64, 64, 1), np.float32), Box(-1, 1, (64, 64, 1), np.float32), Box(0, 255, (64, 64, 1), np.float32),  # grey?
     Box(0, 255, (64, 64, 3), np.float32), Box(0, 255, (3, 64, 64), np.uint8), Box(0, 255, (64, 64, 4), np.uint8),
     Box(0, 9, (4, 4), np.float32), Box(0, 9, (0,), np.float32), Discrete(3), MultiBinary(3), Text(5),
@@ -870,19 +870,19 @@ def vector_rollout(task, num_envs, steps, **kwargs):
 
 
 def test_vector_is_deterministic_and_its_environments_differ():
-    one, two = (vector_rollout("toy", 3, 30, seed=1) for _ in range(2))
+    one, two = (vector_rollout("toy", 3, 30, seed=1, missing_rate=0) for _ in range(2))
     assert all(data_equivalence(a[0], b[0], exact=True) for a, b in zip(one, two))
-    positions = one[0][1]["position"]
+    positions = one[0][0]["position"]
     assert len({tuple(p) for p in positions}) == 3
-    other = vector_rollout("toy", 3, 0, seed=2)[0][1]["position"]
+    other = vector_rollout("toy", 3, 0, seed=2)[0][0]["position"]
     assert not {tuple(p) for p in positions} & {tuple(p) for p in other}
 
 
 def test_vector_resets_on_the_step_after_the_end():
-    results = vector_rollout("toy_xy", 2, 102)
+    results = vector_rollout("toy_xy", 2, 102, missing_rate=0)
     assert results[100][3].all() and not results[99][3].any() and not results[101][3].any()
     assert (results[101][1] == 0).all() and (results[102][1] > 0).all()
-    before, after = results[100][4]["position"], results[101][4]["position"]
+    before, after = (np.concatenate([results[t][0]["x"], results[t][0]["y"]], 1) for t in (100, 101))
     assert (np.abs(before - after).max(1) > 0.02).all()
 
 
@@ -892,8 +892,7 @@ def test_vector_of_the_control_suite_after_opengl_was_used_here(make):
     assert list(vector.single_observation_space) == ["rgb", "depth", "touch", "present"]
     [(observation, _), (after, *_)] = [vector.reset(), vector.step(np.zeros((1, 2), np.float32))]
     vector.close()
-    [seed] = np.random.SeedSequence(3).generate_state(1, np.uint64).tolist()
-    alone = make("finger_spin", seed=seed)
+    alone = make("finger_spin", seed=envs.seeds(3, count=1)[0])
     for name, value in alone.reset()[0].items():
         assert (observation[name][0] == value).all() and observation[name].dtype == value.dtype
     assert (after["rgb"][0] == alone.step(np.zeros(2))[0]["rgb"]).all()
@@ -1040,6 +1039,81 @@ def test_a_worker_that_dies_is_reported_whatever_it_was_asked():
     with pytest.raises(envs.WorkerError, match="has died"):
         vector.get_attr("episode_steps")
     vector.close()
+
+
+ROBOT = """
+import time
+import gymnasium, test_envs
+import numpy as np
+class Robot(test_envs.Arm):
+    def reset(self, *, seed=None, options=None):
+        observation, _ = super().reset(seed=seed)
+        self.contacts = int(self.np_random.integers(1, 9))
+        return observation, self.info()
+    def step(self, action):
+        np.zeros(3) + np.zeros(4 if self.t == 2 else 3)
+        return *super().step(action)[:4], self.info()
+    def info(self):
+        return {"contacts": np.zeros((self.contacts, 3)), "when": self.contacts if self.contacts > 4 else None}
+    def close(self):
+        open(f"closed-{id(self)}", "w").close()
+        time.sleep(CLOSING)
+gymnasium.register("Robot-v0", Robot, max_episode_steps=12)
+"""
+
+
+@pytest.fixture
+def robot(tmp_path, monkeypatch):
+    """Two of somebody's robots in worker processes, whose second step fails; how long they take to close."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(closing):
+        Path("robot.py").write_text(ROBOT.replace("CLOSING", str(closing)))
+        sys.modules.pop("robot", None)
+        gymnasium.registry.pop("Robot-v0", None)
+        small = {"sensors": Dict({"joints": Box(-9, 9, (3,))}), "length": int_100}
+        return make_vector_env("robot:Robot-v0", 2, task_kwargs=small)
+
+    yield make
+    sys.modules.pop("robot", None)
+    gymnasium.registry.pop("Robot-v0", None)
+
+
+def int_100(rng):
+    return 100
+
+
+def test_infos_of_any_shape_harm_nobody(robot):
+    vector = robot(0)
+    for seed in range(20):  # as many contacts as there happen to be
+        _, info = vector.reset(seed=[seed, seed + 100])
+        *_, after = vector.step(np.zeros((2, 3), np.float32))
+        assert info == after == {}
+    vector.close()
+
+
+def test_the_error_of_an_environment_says_where(robot, capfd):
+    vector = robot(0)
+    vector.reset()
+    vector.step(np.zeros((2, 3), np.float32)), vector.step(np.zeros((2, 3), np.float32))
+    with pytest.raises(envs.WorkerError, match="^an environment failed: operands could not be broadcast"):
+        vector.step(np.zeros((2, 3), np.float32))
+    assert 'robot.py", line' in capfd.readouterr().err
+    vector.close()
+
+
+@pytest.mark.parametrize("closing", [0, 60])
+def test_every_worker_closes_its_environment_or_is_killed(robot, monkeypatch, closing):
+    monkeypatch.setattr(envs.Workers, "GRACE", 2)
+    vector = robot(closing)
+    vector.reset()
+    made_here = len(list(Path().glob("closed-*")))
+    vector.step_async(np.zeros((2, 3), np.float32))  # in the midst of a step
+    began = time.monotonic()
+    vector.close()
+    assert time.monotonic() - began < 5 and not any(map(is_running, [process.pid for process in vector.processes]))
+    assert len(list(Path().glob("closed-*"))) > made_here
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

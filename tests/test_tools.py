@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 import tools
+from envs import make_env
 from tools import benchmark, contact_sheet, diagrams
 
 PNG = b"\x89PNG"
@@ -55,6 +56,14 @@ def test_ours_is_timed_beside_others_in_a_process_of_its_own():
     results = benchmark.peers("", "", settings=((1, 2),))
     assert {"2x2 1 threads mummi float32", "2x2 1 threads mummi bfloat16"} < set(results)
     assert results["2x2 1 threads mummi float32"]["median"] > 0
+
+
+def test_the_benchmark_goes_on_where_an_episode_ends(monkeypatch):
+    env = make_env("Pendulum-v1")
+    env.reset()
+    for _ in range(500):
+        benchmark.random_decision(env)
+    assert env.t == 500 - 2 * 201  # two episodes of 200, each with its reset
 
 
 def test_a_peer_that_cannot_be_imported_is_named(tmp_path):

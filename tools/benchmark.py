@@ -214,8 +214,8 @@ def kernels():
 
 
 def random_decision(env):
-    """One step of an environment, or of a vector of them, with a random action."""
-    env.step(env.action_space.sample())
+    """One step of an environment, or of a vector of them, with a random action; or a reset where an episode ended."""
+    env.step(env.action_space.sample()) if getattr(env, "under_way", True) else env.reset()
 
 
 def environments():
