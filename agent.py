@@ -236,11 +236,11 @@ class Agent:
         if behaviour:  # latent imagination from every posterior state, then Eq. (18)
             latent, action = self.imagine(self.actor.sample, self.model.state(filtered))
             returns, value, weight = self.returns(latent)  # (H - 1, N)
-            if "continues" in batch:  # after an episode's end there is nothing to imagine, [Dreamer]
-                returns, weight = (x * batch["continues"].flatten() for x in (returns, weight))
+            alive = batch["continues"].flatten() if "continues" in batch else torch.ones_like(weight[0])  # (N,)
+            weight = weight * alive  # after an episode's end there is nothing to imagine, [Dreamer]
             losses = {"critic": critic_loss(value, returns, weight), "actor": actor_loss(returns, weight)}
             metrics |= self.optimise(losses)
-            metrics["imagined_return"] = returns.mean()
+            metrics["imagined_return"] = (returns * alive).mean() / alive.mean()
             metrics["saturated_actions"] = (action.abs() > 0.99).float().mean()
             metrics["action_sign_changes"] = (action[1:].sign() != action[:-1].sign()).float().mean()
         return {name: value.detach() for name, value in metrics.items()}

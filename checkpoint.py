@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from backgrounds import fingerprint
 from envs import WorkerError
 from trust import measure
 
@@ -115,7 +116,7 @@ def explain(error):
     if isinstance(error, Fault | WorkerError):
         return line, 1
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
-        return f"out of memory: lower --batch-size, --batch-length or --num-envs, or the sizes of the model ({line})", 1
+        return f"out of memory: if it is so again, start anew with a smaller batch, model or --num-envs ({line})", 1
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or line}; what was saved before is untouched", 1
@@ -190,25 +191,21 @@ def open_locked(path):
 
 def create_folder(folder, config):
     """A new run's folder, which appears with its configuration in it. Raises ValueError if there is one."""
-    fresh = folder.with_name("." + folder.name)  # no run has such a name
+    fresh, source = folder.with_name("." + folder.name), config.backgrounds  # no run has such a name
     fresh.mkdir(parents=True, exist_ok=True)
     write_config(fresh, config)
+    write_file(fresh / "backgrounds.json", json.dumps({"path": source, "fingerprint": fingerprint(source)}).encode())
     try:
         os.rename(fresh, folder)
     except OSError as error:
         raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}") from error
 
 
-def check_backgrounds(folder, source, new=False):
-    """Keep what identifies a new run's backgrounds, wherever they lie. Raises ValueError if a run has seen others."""
-    from backgrounds import fingerprint
-
-    path, found = Path(folder) / "backgrounds.json", fingerprint(source)
-    kept = json.loads(path.read_text())["fingerprint"] if path.exists() else found if new else "procedural"
-    if kept != found:
+def check_backgrounds(folder, source):
+    """Raises ValueError if a run has seen other backgrounds than these, wherever they lie."""
+    path = Path(folder) / "backgrounds.json"
+    if fingerprint(source) != (json.loads(path.read_text())["fingerprint"] if path.exists() else "procedural"):
         raise ValueError(f"backgrounds {source} hold other clips than those of {folder}: give their path or start anew")
-    if new and source != "procedural":
-        write_file(path, json.dumps({"path": str(source), "fingerprint": found}).encode())
 
 
 # ---- 3. Metrics ----------------------------------------------------------------------------------
@@ -355,7 +352,7 @@ def save_checkpoint(folder, agent, replay, rng, log, config, progress):
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
     }  # fmt: skip
-    if progress.steps >= config.steps and agent.model.fusion == "product" and replay.episodes:
+    if progress.steps >= config.steps and agent.model.fusion == "product" and len(replay):
         state["usual"] = measure(agent.model, replay)
     replay.flush()
     path = folder / "checkpoint.pt"

@@ -27,7 +27,7 @@ class Run:
 
     task: str = "finger_spin"  # one of the tasks above, or what gymnasium.make takes, like Hopper-v5 [Table I]
     task_kwargs: str = ""  # of gymnasium.make, as JSON: {"render_mode": "rgb_array"} adds a camera [ours]
-    preset: str = "paper"  # sizes and rates: paper, small, or auto: paper on a GPU, small without one [ours]
+    preset: str = "paper"  # sizes and rates: paper, small; auto: paper for the tasks above on a GPU, else small [ours]
     method: str = "mummi"  # mummi, mummi_b, mssm_e, cvrl or dreamer [Table I, II]
     seed: int = 1  # of every generator.  Dev. D15 [section V: three seeds]
     name: str = ""  # of the folder in runs/; by default <task>-<method>-<seed> [ours]
@@ -209,10 +209,10 @@ def parse(arguments, description=""):
 
 
 def defaults(task, preset, device):
-    """The defaults of a task in a preset; "auto" is small on a CPU. Toy tasks have their own."""
-    if preset == "auto":
-        preset = "paper" if device != "cpu" and choose_device("auto").type == "cuda" else "small"
+    """The defaults of a task in a preset; "auto" is paper for our tasks on a GPU. Toy tasks have their own."""
     known = task in environments.TASKS
+    if preset == "auto":
+        preset = "paper" if known and device != "cpu" and choose_device("auto").type == "cuda" else "small"
     own, small = TASK_DEFAULTS.get(task, {} if known else {"weights": ()}), SMALL if known else OWN
     return {"preset": preset} | (own | small if preset == "small" and task not in environments.TOY else own)
 

@@ -95,7 +95,7 @@ def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False, tru
     returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step,
              with the picture `rendered` of the first; with `lying`, and `trusted` and `suspicion` of each sensor
     """
-    with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):  # training's numbers stay
         torch.manual_seed(episode_seeds[0])
         observation, info = envs.reset(seed=episode_seeds)
         memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
@@ -114,7 +114,7 @@ def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False, tru
             if film and (picture := envs.call("view", episode_seeds[0])[0]) is not None:
                 seen[-1]["rendered"] = square(picture, SIDE)
             observation, reward, terminated, truncated, info = envs.step(action)
-            seen[-1]["reward"] = np.where(running, reward, np.nan)
+            seen[-1] |= {"reward": np.where(running, reward, np.nan), "continues": 1.0 - terminated}
             total += reward * running
             running &= ~(terminated | truncated)
             first = np.zeros(envs.num_envs, bool)

@@ -324,7 +324,7 @@ class CudaGraph:
     def __call__(self, method, *arguments, **options):
         leaves, structure = tree_flatten(arguments)
         signature = structure, tuple((x.shape, x.dtype) for x in leaves), tuple(options.items())
-        inputs = self.inputs.setdefault(signature, [x.clone() for x in leaves])
+        inputs = self.inputs[signature] = self.inputs.get(signature) or [x.clone() for x in leaves]
         for x, new in zip(inputs, leaves):
             x.copy_(new)
         call = partial(method, *tree_unflatten(inputs, structure), **options)

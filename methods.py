@@ -112,6 +112,8 @@ class Player:
         arrays = {}
         for name, x in observation.items():
             x = np.asarray(np.nan if x is None else x, np.float32 if len(self.sensors[name]) == 1 else None)
+            if x.shape not in ((), self.sensors[name]):
+                raise ValueError(f"sensor {name!r} has shape {x.shape}: give {self.sensors[name]}")
             if x.ndim > 1 or np.isfinite(x).all():
                 arrays[name] = np.ascontiguousarray(np.fmin(x, MAX_DEPTH) if x.ndim == 3 and x.dtype.kind == "f" else x)
         given, model = {}, self.agent.model

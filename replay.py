@@ -80,7 +80,7 @@ class Replay:
 
     def __init__(self, folder, fields, capacity, spare=0):
         self.capacity, self.cursor = capacity, 0
-        self.episodes = []  # (first row, number of rows, serial), oldest first
+        self.episodes = np.empty((0, 3), int)  # first row, number of rows, serial; oldest first
         self.open = []  # rows of the episodes under way, a list an environment
         self.count = 0  # episodes ever added
         self.readers = ThreadPoolExecutor(READERS)
@@ -98,7 +98,7 @@ class Replay:
 
     def __len__(self):
         """Rows that can be drawn from."""
-        return sum(rows for _, rows, _ in self.episodes)
+        return int(self.episodes[:, 1].sum())
 
     def add(self, episode):
         """Append one episode, {key: (L, ...)}. Raises ValueError where a shape or type is not that of the fields, and
@@ -115,14 +115,14 @@ class Replay:
         first = self.cursor if self.cursor + rows <= self.rows else 0
         end = first + rows
         # Make room: forget what is overwritten now, and the oldest until the new one fits the capacity.
-        self.episodes = [e for e in self.episodes if e[0] + e[1] <= first or e[0] >= end]
-        while len(self) + rows > self.capacity:
-            self.episodes.pop(0)
+        starts, lengths, _ = self.episodes.T
+        self.episodes = self.episodes[(starts + lengths <= first) | (starts >= end)]
+        self.episodes = self.episodes[self.episodes[::-1, 1].cumsum()[::-1] <= self.capacity - rows]
         self.count += 1
         self.serial.write(first, np.full(rows, self.count))
         for key, column in self.columns.items():
             column.write(first, episode[key])
-        self.episodes.append((first, rows, self.count))
+        self.episodes = np.append(self.episodes, [[first, rows, self.count]], axis=0)
         self.cursor = end
 
     def rows_of(self, key):
@@ -154,9 +154,9 @@ class Replay:
         return finished
 
     def cut(self, shortest):
-        """End the episodes under way here; those of at least `shortest` rows join the replay."""
+        """End the episodes under way; those of `shortest` rows or more (with `first`: all) join the replay."""
         for rows in self.open:
-            if len(rows) >= shortest:
+            if len(rows) >= (1 if "first" in self.columns else shortest):
                 self.add({key: np.stack([row[key] for row in rows]) for key in rows[0]})
         self.open = []
 
@@ -172,7 +172,7 @@ class Replay:
 
     def choose(self, batch_size, length, rng):
         """The parts of sequences, drawn as `sample` says, (P, 4): sequence, step in it, first row, number of rows."""
-        starts, rows = np.array([e[:2] for e in self.episodes], int).reshape(-1, 2).T
+        starts, rows, _ = self.episodes.T
         windows = (rows if "first" in self.columns else np.maximum(rows - length + 1, 0)).cumsum()
         if not len(windows) or windows[-1] == 0:
             raise ValueError(f"no episode in the replay has {length} steps: collect more, or shorten --batch-length")
@@ -205,7 +205,7 @@ class Replay:
 
     def state_dict(self):
         """Where the episodes lie; the rows themselves are on disk."""
-        return {"cursor": self.cursor, "count": self.count, "episodes": [list(e) for e in self.episodes]}
+        return {"cursor": self.cursor, "count": self.count, "episodes": self.episodes.tolist()}
 
     def load_state_dict(self, state):
         """Go back to a saved state: what was written after it is forgotten, and what that overwrote.
@@ -215,11 +215,9 @@ class Replay:
         self.cursor, self.count, self.open = state["cursor"], state["count"], []
         serials = np.empty(self.rows, np.int64)
         self.serial.read(0, serials)
-        self.episodes = [
-            (start, rows, serial) for start, rows, serial in state["episodes"]
-            if np.array_equal(serials[start : start + rows], np.full(rows, serial))
-        ]  # fmt: skip
-        return len(state["episodes"]) - len(self.episodes)
+        intact = [e for e in state["episodes"] if np.array_equal(serials[e[0] : e[0] + e[1]], np.full(e[1], e[2]))]
+        self.episodes = np.array(intact, int).reshape(-1, 3)
+        return len(state["episodes"]) - len(intact)
 
     def flush(self):
         """Write what the page cache holds to disk."""
@@ -230,15 +228,16 @@ class Replay:
 # ---- Batches, read ahead ---------------------------------------------------------------------------
 
 
-def replay_fields(observation_space, action_size, continues=False):
+def replay_fields(observation_space, action_size, continues=False, first=False):
     """{key: (shape, dtype)} of what the replay keeps of one step; two bytes a pixel of depth.
 
-    continues  also keep whether the episode goes on, and where it begins
+    continues, first  also keep whether the episode goes on, and where it begins
     """
     half = lambda x: len(x.shape) == 3 and x.dtype == np.float32  # noqa: E731
     fields = {name: (x.shape, np.float16 if half(x) else x.dtype) for name, x in observation_space.items()}
     fields |= {"action": ((action_size,), np.float32), "reward": ((), np.float32)}
-    return fields | ({"continues": ((), np.float32), "first": ((), np.bool_)} if continues else {})
+    fields |= {"continues": ((), np.float32)} if continues else {}
+    return fields | ({"first": ((), np.bool_)} if first else {})
 
 
 class Batches:

@@ -34,7 +34,7 @@ from backgrounds import summary
 from checkpoint import (Log, Progress, Stopped, StopSignals, check_backgrounds, create_folder, fail, restore,
                         save_checkpoint, say, write_config)  # fmt: skip
 from config import decide, parse, run_folder, sensing
-from envs import WorkerError, seeds
+from envs import TIMED, WorkerError, seeds
 from evaluate import act, run_episodes
 from fast import choose_precision, restart_with_quiet_threads
 from methods import make_agent
@@ -57,7 +57,7 @@ def spare_rows(config, envs):
     """Rows to keep beyond the replay's capacity: as many as two checkpoint intervals write."""
     length, repeat = (envs.get_attr(x)[0] for x in ("episode_steps", "action_repeat"))
     episodes = config.eval_every // (repeat * length) + 2 * config.num_envs
-    return min(2 * episodes * (length + ROUND * (config.task not in environments.TIMED) + 1), config.capacity)
+    return min(2 * episodes * (length + ROUND * (config.task not in TIMED) + 1), config.capacity)
 
 
 def random_action(config, rng, action, first, t):
@@ -126,9 +126,7 @@ def collect(config, agent, envs, batches, log, progress, check):
     for t in count():
         if done.any():
             batches.wait()
-        step = {**observation, "action": action, "reward": reward}
-        if config.continuation == "on":
-            step |= {"continues": 1.0 - terminated, "first": first}
+        step = {**observation, "action": action, "reward": reward, "continues": 1.0 - terminated, "first": first}
         for episode in replay.record(step, done):
             log.write(progress.steps, {"train_return": float(episode["reward"].sum())})
         over = over | (done & (t >= ROUND))
@@ -152,17 +150,18 @@ def collect(config, agent, envs, batches, log, progress, check):
         log.show(progress.steps)
 
 
-def earned_return(reward, discount, ends):
+def earned_return(seen, discount):
     """The mean discounted sum of the rewards that followed a step: what `imagined_return` should be.
 
-    reward  (T, num_envs), NaN after an episode
-    ends    False: only time ends an episode; rewards are assumed to go on alike
+    seen  from `run_episodes`; where time cut an episode off, rewards are assumed to go on alike
     """
-    total = weight = following = steps = np.zeros(len(reward[0]))
+    reward, continues = (np.array([step[name] for step in seen]) for name in ("reward", "continues"))  # (T, num_envs)
+    ends = (~np.isnan(reward) & (continues == 0)).any(0) | (discount == 1)
+    total = weight = following = steps = np.zeros(len(ends))
     for r in reversed(reward):
         on = ~np.isnan(r)
         following, steps = on * (np.nan_to_num(r) + discount * following), on * (1 + discount * steps)
-        total, weight = total + following, weight + (on if ends or discount == 1 else (1 - discount) * steps)
+        total, weight = total + following, weight + np.where(ends, on, (1 - discount) * steps)
     return float(total.sum() / weight.sum())
 
 
@@ -170,7 +169,7 @@ def evaluate(config, agent, envs, log, progress, folder, save, check):
     """Let the agent act in evaluation episodes; log, film and save."""
     returns, seen = run_episodes(agent, envs, seeds(config.seed, count=config.eval_episodes), check, film=True)
     mean, std = float(returns.mean()), float(returns.std())
-    earned = earned_return([step["reward"] for step in seen], config.discount, config.continuation == "on")
+    earned = earned_return(seen, config.discount)
     values = {"updates": progress.updates, "eval_return": mean, "eval_std": std, "earned_return": earned}
     log.write(progress.steps, values)
     write_video(folder / f"video-{progress.steps:08}.mp4", seen)
@@ -203,8 +202,8 @@ def main(config):
             create_folder(folder, config)
 
         with closing(Log(folder, config.steps)) as log, StopSignals(folder) as stop:
-            check_backgrounds(folder, config.backgrounds, new=not config.resume)
-            fields = replay_fields(space, action_size, config.continuation == "on")
+            check_backgrounds(folder, config.backgrounds)
+            fields = replay_fields(space, action_size, config.continuation == "on", config.task not in TIMED)
             replay = Replay(folder / "replay", fields, config.capacity, spare_rows(config, envs))
             rng = np.random.default_rng(config.seed)
             progress = restore(folder, agent, replay, rng, log) if config.resume else Progress()

@@ -68,12 +68,12 @@ def between(model, codes):
 
 def measure(model, replay):
     """`usual_distances` of the newest episodes of a replay, about ROWS steps from their beginnings."""
-    length = int(np.median([rows for _, rows, _ in replay.episodes[-50:]]))
-    starts = [start for start, rows, _ in replay.episodes if rows >= length][-max(1, ROWS // length) :]
-    parts = [(b, 0, start, length) for b, start in enumerate(starts)]
+    (starts, rows, _), device = replay.episodes.T, next(model.parameters()).device
+    length = int(np.median(rows[-50:]))
+    parts = [(b, 0, start, length) for b, start in enumerate(starts[rows >= length][-max(1, ROWS // length) :])]
     batch = replay.read(parts, replay.buffers(len(parts), length))
-    batch = {name: torch.as_tensor(x, device=next(model.parameters()).device) for name, x in batch.items()}
-    with torch.random.fork_rng(), torch.no_grad():
+    batch = {name: torch.as_tensor(x, device=device) for name, x in batch.items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         return usual_distances(model, batch, batch["present"].bool(), batch["action"])
 

@@ -217,7 +217,7 @@ def test_update_minimises_both_objectives_where_episodes_may_end():
             weight = math.prod(discount[:t])
             actor -= weight * total / (N * (H - 1))
             critic += weight * (value[t] - total) ** 2 / 2 / (N * (H - 1))
-            imagined += total / (N * (H - 1))
+            imagined += total / (2 * (H - 1))
     torch.manual_seed(1)
     metrics = agent.update(world_batch(x) | {"continues": torch.tensor([[1.0, 0.0, 1.0]])})
     close(metrics["actor_loss"], actor)

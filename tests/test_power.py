@@ -152,7 +152,7 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_agent.test_where_an_episode_may_end_its_future_counts_less),
     ("weights that are learnt", agent.Agent.returns, "weight.detach()", "weight",
      test_agent.test_an_action_is_blamed_for_the_end_it_leads_to_but_weights_are_no_way_to_learn),
-    ("imagined after the end", agent.Agent.update, 'if "continues" in batch:', "if False:",
+    ("imagined after the end", agent.Agent.update, 'if "continues" in batch else', "if False else",
      test_agent.test_update_minimises_both_objectives_where_episodes_may_end),
     ("behaviour learnt unasked", agent.Agent.update, "if behaviour:", "if True:",
      test_agent.test_the_world_model_can_learn_alone),

@@ -118,6 +118,16 @@ def test_where_first_is_kept_a_sequence_goes_on_with_the_beginning_of_an_episode
     assert (batch["first"][1:] == ends[:-1]).all() and ends[:-1].any()
 
 
+def test_an_episode_that_is_cut_is_kept_however_short_where_first_is_kept(tmp_path):
+    for fields, kept in (({}, 0), ({"first": ((), "bool")}, 3)):
+        replay = Replay(tmp_path / str(kept), {"x": ((), "int64"), **fields}, 1000)
+        replay.begin(1)
+        for x in range(3):
+            replay.record({"x": np.array([x]), "first": np.array([x == 0])}, np.array([False]))
+        replay.cut(shortest=5)
+        assert len(replay) == kept
+
+
 @pytest.mark.parametrize("lengths", [[5, 60, 7, 3, 30], [2, 1, 3]])
 def test_where_first_is_kept_every_row_is_as_likely_as_any_other(tmp_path, lengths):
     """At the beginning of a sequence, at its end and between: chi-square of 20,000 draws, short episodes and all."""

@@ -173,10 +173,17 @@ def test_random_actions_are_uniform_or_the_untrained_actors_and_held():
 
 def test_what_was_earned_is_in_the_units_of_what_is_imagined():
     nan = np.nan
-    forever = np.full((300, 2), 0.5)
-    assert math.isclose(train.earned_return(forever, 0.9, ends=False), 0.5 / (1 - 0.9))
+
+    def earned(reward, continues, discount):
+        return train.earned_return([{"reward": r, "continues": c} for r, c in zip(reward, continues)], discount)
+
+    for steps in (4, 300):  # wherever time cuts it off
+        assert math.isclose(earned(np.full((steps, 2), 0.5), np.ones((steps, 2)), 0.9), 0.5 / (1 - 0.9))
     ending = np.array([[1.0, 2.0], [1.0, nan], [4.0, nan]])  # sums of 1 + 0.5 + 1, 1 + 2, 4 and of 2
-    assert math.isclose(train.earned_return(ending, 0.5, ends=True), (2.5 + 3 + 4 + 2) / 4)
+    assert math.isclose(earned(ending, np.array([[1, 0], [1, 1], [0, 1]]), 0.5), (2.5 + 3 + 4 + 2) / 4)
+    assert math.isclose(earned(ending, np.array([[1, 1], [1, 0], [0, 1]]), 1.0), (6 + 5 + 4 + 2) / 4)
+    # If the second is cut off, its one step counts for half, as the beginning of 2, 2, 2, ...
+    assert math.isclose(earned(ending, np.array([[1, 1], [1, 0], [0, 1]]), 0.5), (2.5 + 3 + 4 + 0.5 * 4) / 3.5)
 
 
 @pytest.mark.usefixtures("quick")
@@ -207,7 +214,9 @@ def test_returns_in_training_are_those_of_whole_episodes_of_any_length(tmp_path,
     monkeypatch.chdir(tmp_path)
     small = SMALL[2:]  # without the task
     train.main(parse([*small, "--task", "test_train:Flips-v0", "--steps", "12000", "--prefill", "12000", "--eval-every", "12000",
-                      "--num-envs", "4", "--capacity", "20000", "--name", "flips"]))  # fmt: skip
+                      "--num-envs", "4", "--capacity", "20000", "--name", "flips", "--continuation", "off"]))  # fmt: skip
+    replay = {path.stem for path in Path("runs/flips/replay").iterdir()}
+    assert "first" in replay and "continues" not in replay, "short episodes are learnt from, whether their ends are or not"
     returns = [x["train_return"] for x in lines(Path("runs/flips")) if "train_return" in x]
     assert len(returns) > 50 and max(returns) > 250
     assert np.mean(returns) == pytest.approx(150, abs=4 * 86 / len(returns) ** 0.5)
@@ -446,6 +455,18 @@ def test_a_run_on_procedural_scenes_does_not_go_on_with_videos(folder):
     runs.check_backgrounds(folder, "procedural")
 
 
+def test_a_folder_knows_its_backgrounds_whoever_makes_it(tmp_path, monkeypatch):
+    """As `tools.sweep` does, whose `train.py` finds the folder there and resumes it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("these", "those"):
+        np.save(f"{name}.npy", np.full((len(name), 30, 64, 64, 3), ord(name[2]), np.uint8))
+    runs.create_folder(Path("run"), Config(backgrounds="these.npy"))
+    runs.check_backgrounds("run", "these.npy")
+    for others in ("those.npy", "procedural"):
+        with pytest.raises(ValueError, match="other clips"):
+            runs.check_backgrounds("run", others)
+
+
 def test_a_new_run_never_touches_another(tmp_path):
     for name in ("a.tmp", "a"):
         runs.create_folder(tmp_path / name, Config(name=name))
@@ -530,14 +551,17 @@ def test_the_references_of_the_toy_world():
     assert np.mean(returns["scripted"]) > 85
 
 
-def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers():
+def test_toy_tasks_have_their_own_defaults_and_the_others_the_papers(monkeypatch):
     paper = parse(["--task", "finger_spin", "--preset", "paper", "--name", "x"])
     assert (paper.batch_length, paper.d_f, paper.steps) == (50, 1024, 2_000_000)
     for preset in ((), ("--preset", "auto"), ("--preset", "small")):  # small is what a CPU gets
         small = parse(["--task", "finger_spin", "--device", "cpu", *preset, "--name", "x"])
         assert (small.preset, small.batch_length, small.d_f, small.steps) == ("small", 25, 128, 200_000)
     assert parse(["--task", "walker_run", "--preset", "small", "--d-f", "7", "--name", "x"]).d_f == 7
-    own = parse(["--task", "Pendulum-v1", "--preset", "small", "--name", "x"])
+    own = parse(["--task", "Pendulum-v1", "--name", "x"])
+    monkeypatch.setattr("config.choose_device", lambda name: torch.device("cuda"))
+    assert parse(["--task", "finger_spin", "--name", "x"]) == paper
+    assert parse(["--task", "Pendulum-v1", "--name", "x"]) == own and own.preset == "small"
     assert (own.free_nats, own.prefill_hold, own.d_f, small.free_nats, small.prefill_hold) == (0.5, 0, 128, 3.0, 8)
     assert own.model_updates == small.model_updates == 800
     assert own.weights == () and small.weights == ("touch=0.001",)  # somebody's `touch` weighs as much as the rest
