@@ -52,7 +52,7 @@ class Environment:
 class Protocol:
     """Section V: how long to train, and when to evaluate."""
 
-    steps: int = 2_000_000  # environment steps, action repeat included.  Dev. D16 [code: 2000000]
+    steps: int = 2_000_000  # of the simulator, repeats included.  Dev. D16 [section V: 2 million episodes; code: 2000000]
     prefill: int = 5_000  # random environment steps first, and on to the end of an episode [code: 5000]
     prefill_hold: int = 0  # 0: uniform random actions; n: an untrained actor's, held n times.  Dev. D27 [code: 0]
     first_updates: int = 100  # updates after the random steps [code: 100]
@@ -60,7 +60,7 @@ class Protocol:
     capacity: int = 1_000_000  # decisions kept in the replay [ours]
     log_every: int = 100  # updates between log lines [ours]
     eval_every: int = 40_000  # environment steps between evaluations, in whole episodes.  Dev. D28 [code: 10000]
-    eval_episodes: int = 10  # at the training missing rate, backgrounds unseen in training [section V: 10]
+    eval_episodes: int = 10  # at the training missing rate, on backgrounds unseen in training.  Dev. D28 [code: 1]
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Model:
     channels: int = 32  # of the first convolution; features are 32 times as many [code: 32]
     standardise: str = "auto"  # vectors, by the random phase: on, off, or auto, on for tasks of gymnasium.make [ours]
     sample_s_f: bool = True  # sample s^f, do not take its mean.  Dev. D2 [Eq. (11): True; code: False]
-    prior_if_unobserved: bool = True  # nothing present: the prior, not s^f 0.  Dev. D3 [Eq. (11): True; code: False]
+    prior_if_unobserved: bool = True  # nothing present: the prior, not s^f 0.  Dev. D3 [code: False]
     expert_power: int = 2  # experts weigh 1/std to this power.  Dev. D1 [Eq. (11): 2; code: 1]
 
 
@@ -88,7 +88,7 @@ class Objective:
     free_nats: float = 3.0  # of the KL.  Dev. D19 [Eq. (17): 0; code: 3]
     fused_kl_scale: float = 0.0  # weight of KL[q(s^f | x) || p(s^f | s^c)].  Dev. D6 [Eq. (17): 1; code: 0]
     absent_logit: float = -math.inf  # log f of absent observations.  Dev. D4 [code: -100]
-    over_present: bool = True  # InfoNCE is a mean over present steps, not all.  Dev. D5 [Eq. (15): True; code: False]
+    over_present: bool = True  # InfoNCE is a mean over present steps, not all.  Dev. D5 [code: False]
 
 
 @dataclass

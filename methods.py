@@ -80,11 +80,8 @@ def choose_device(name):
     return torch.device(name)
 
 
-# ---- A trained agent, one observation at a time ---------------------------------------------------
-
-
 class Player:
-    """A trained agent that keeps its own memory.
+    """A trained agent that takes one observation at a time and keeps its own memory.
 
     sensors  {name: shape} that it knows: colour (64, 64, 3) uint8, depth (64, 64, 1) in metres, vectors (D,).
              A sensor is missing at a step where its key is absent, its value None, or a vector not finite.

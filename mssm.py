@@ -1,8 +1,8 @@
 """Multi-modal latent state-space model (MSSM) of MuMMI: encoders, experts, fusion, dynamics, heads.
 
 Holds Eq. (6)-(9), the generative model, and Eq. (11), the inference network, of Chen, Lee, Soh,
-"Multi-Modal Mutual Information (MuMMI) Training" (ICRA 2021), with the layer sizes of Appendix B
-(Fig. 7-11) and, for the baselines, of Appendix C (Fig. 14-18).
+"Multi-Modal Mutual Information (MuMMI) Training" (ICRA 2021), with the layers of Appendix B (Fig. 7-11)
+and, for the baselines, of Appendix C (Fig. 14-18), as wide as in [code], the authors' released code.
 
 symbol  name here     meaning                                                       size
 x^m_t   observation   modality m: colour image, depth image or vector
@@ -327,7 +327,7 @@ class MSSM(nn.Module):
 
     def fuse(self, features, present):
         """Eq. (11): s^f from the modalities that are present. M features (..., D_x), present (..., M) -> Fused"""
-        if self.fusion == "concatenate":  # Appendix C: zeros where missing.  Dev. D23
+        if self.fusion == "concatenate":  # Appendix C; zeros where missing, section V.  Dev. D23
             s_f = torch.cat([x * present[..., m, None] for m, x in enumerate(features)], -1).float()
             return Fused(s_f, torch.ones_like(present[..., 0]))
         experts = torch.stack([net(x) for net, x in zip(self.experts, features)], -2)

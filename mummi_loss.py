@@ -8,7 +8,7 @@ symbol     name here      meaning                                           size
 mu^m(x)    expert_mean    mean of modality m's expert                       (N, D_f)
 g(z)       g_z            mean predicted from the latent state              (N, D_f)
 log f      log_f          log f[i, j] of latent i and observation j         (N, N)
-lambda^m   weight         weight of modality m's bound                      float
+lambda^m   weights        weight of modality m's bound                      float
            present        True where the modality was observed              (N,)
 KL         kl             KL[q(s^c | s^f, h) || p(s^c | h)] of each step    (N,)
 
