@@ -131,7 +131,7 @@ def fail(program, error):
     """One line on stderr and an exit code for an expected failure; a bug is raised again, with its traceback."""
     if (known := explain(error)) is None:
         raise error
-    advice = "; go on with --resume" if known[1] == 1 and program == "train.py" else ""
+    advice = "; if the run is there, go on with --resume" if known[1] == 1 and program == "train.py" else ""
     say(f"{program}: {known[0]}{advice}", sys.stderr)
     sys.exit(known[1])
 

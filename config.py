@@ -52,7 +52,7 @@ class Environment:
 class Protocol:
     """Section V: how long to train, and when to evaluate."""
 
-    steps: int = 2_000_000  # of the simulator, repeats included.  Dev. D16 [section V: 2 million episodes; code: 2000000]
+    steps: int = 2_000_000  # environment steps.  Dev. D16 [section V: 2 million episodes; code: 2000000]
     prefill: int = 5_000  # random environment steps first, and on to the end of an episode [code: 5000]
     prefill_hold: int = 0  # 0: uniform random actions; n: an untrained actor's, held n times.  Dev. D27 [code: 0]
     first_updates: int = 100  # updates after the random steps [code: 100]

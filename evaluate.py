@@ -144,7 +144,7 @@ def faults_to_try(options, modalities):
                              f"{'='.join(every[0])}; sensors are {', '.join(modalities)}, and vectors have no "
                              "occluded")  # fmt: skip
         faults += alone or [dict(pairs)]
-    return faults
+    return [fault for i, fault in enumerate(faults) if fault not in faults[:i]]
 
 
 def evaluate_run(folder, config, agent, steps, options, usual=None):
@@ -351,8 +351,8 @@ def markdown(cells, references, made_with=None):
     for row, columns in cells.items():
         means = ([m for _, m in sorted(columns[c]["seeds"].items())] if c in columns else [] for c in methods)
         lines.append("| " + " | ".join([*row, *(", ".join(f"{m:.1f}" for m in group) for group in means)]) + " |")
-    last = {column: cell for row in cells.values() for column, cell in row.items()}
-    lines.append("| parameters | | | " + " | ".join(f"{last[c].get('parameters') or 0:,}" for c in methods) + " |")
+    sizes = [sorted({row[c].get("parameters") or 0 for row in cells.values() if c in row}) for c in methods]
+    lines.append("| parameters | | | " + " | ".join(" or ".join(f"{n:,}" for n in of) for of in sizes) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -365,7 +365,7 @@ def detection_markdown(records):
             lines.append(f"| {record['run']} | {record['missing']} | {record['fault'] or 'none'} | {name} | "
                          f"{d['area']:.3f} | {d['lies']:.1%} | {d['honest']:.1%} | {d['found']:.0%} | "
                          f"{d['delay']:.1f} |")  # fmt: skip
-    return "\n".join(lines).replace("nan%", "").replace("nan", "") + "\n" if len(lines) > 3 else ""
+    return "\n".join(lines).replace(" nan% |", " |").replace(" nan |", " |") + "\n" if len(lines) > 3 else ""
 
 
 def calibration_markdown(records):
@@ -426,12 +426,15 @@ def main(options):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"--output {path}: {path.parent} cannot be written: give another")
-
-    records = []
-    for folder, config in configs.items():
-        state = checkpoints[folder]
+    for (folder, config), state in zip(configs.items(), checkpoints.values()):
+        sensor_subsets(options, state["modalities"]), faults_to_try(options, state["modalities"])  # or ValueError
         if not options.backgrounds and not Path(folder).is_file():
             check_backgrounds(folder, config.backgrounds)
+        if options.trust and "usual" not in state and METHODS[config.method][0] == "product":
+            raise ValueError(f"--trust: {folder} has no usual distances: train it to its end, or leave --trust out")
+
+    records = []
+    for (folder, config), state in zip(configs.items(), checkpoints.values()):
         space = {name: SimpleNamespace(shape=tuple(shape)) for name, shape in state["modalities"].items()}
         config.act_by = options.act_by or config.act_by
         agent = make_agent(to_act(config, options.device), space, state["action_size"])
@@ -439,8 +442,6 @@ def main(options):
         say(f"{folder}: step {state['steps']}", sys.stderr)
         parameters = sum(p.numel() for p in agent.model.parameters())
         usual = state.get("usual") if options.trust else None
-        if options.trust and usual is None and agent.model.fusion == "product":
-            raise ValueError(f"--trust: {folder} has no usual distances: train it to its end, or leave --trust out")
         for record in evaluate_run(folder, config, agent, state["steps"], options, usual):
             records.append(record | {"parameters": parameters, "label": ", ".join(labels[folder])})
     tasks = {config.task: config for config in configs.values()} if options.references else {}
@@ -462,7 +463,9 @@ def main(options):
             writer.writerow([*row, round(returns.mean(), 2), round(returns.std(), 2), len(returns)])
     say(table.rstrip("\n"))
     films, runs = f" and films {path}-*.mp4" * options.video, " ".join(options.runs)
-    then = f"-m tools.plot {runs}" if films or len(options.runs) > 1 else f"evaluate.py {runs} --video"
+    then = f"evaluate.py {runs} --{'sensors all' if films else 'video'}"
+    if all(map(os.path.isdir, options.runs)) and (films or len(options.runs) > 1):  # weights have no curve
+        then = " ".join(["-m tools.plot", runs, *["--label"] * bool(options.label), *options.label])
     say(f"{path}.md, .json, .csv{films} written; next: python {then}", sys.stderr)
 
 

@@ -978,17 +978,17 @@ def test_workers_die_with_a_killed_parent_in_the_midst_of_a_step(step):
     assert len(workers) == 2 and all(map(is_running, workers))
     process.kill()
     process.communicate(timeout=30)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(map(is_running, workers))
 
 
 def test_time_that_the_main_process_was_stopped_does_not_count():
-    process, workers = start_slow("time.sleep(0.2)", 1, 12)
+    process, workers = start_slow("time.sleep(0.2)", 2, 12)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGSTOP)  # as Ctrl-Z does
-    time.sleep(3)
+    time.sleep(5)
     os.killpg(process.pid, signal.SIGCONT)
     out, err = process.communicate(timeout=60)
     assert out == "done\n" and process.returncode == 0, err
@@ -1112,7 +1112,7 @@ def test_every_worker_closes_its_environment_or_is_killed(robot, monkeypatch, cl
     vector.step_async(np.zeros((2, 3), np.float32))  # in the midst of a step
     began = time.monotonic()
     vector.close()
-    assert time.monotonic() - began < 5 and not any(map(is_running, [process.pid for process in vector.processes]))
+    assert time.monotonic() - began < 20 and not any(map(is_running, [process.pid for process in vector.processes]))
     assert len(list(Path().glob("closed-*"))) > made_here
 
 

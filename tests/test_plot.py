@@ -70,7 +70,7 @@ def test_seeds_are_pooled_to_mean_and_standard_deviation(tmp_path, figures):
     """What is drawn, taken from the figure: one panel a task, one line a method."""
     runs = [write_run(tmp_path / f"a{s}", [10.0 * s] * 5, seed=s, name=f"a{s}") for s in (1, 2, 3)]
     runs += [write_run(tmp_path / "b", [1.0, 2.0], method="dreamer"), write_run(tmp_path / "c", [5.0], task="cup_catch")]
-    plot.main(plot.Options(tuple(runs), panels=True, output=str(tmp_path / "new" / "curves")))
+    plot.main(plot.Options(tuple(runs), output=str(tmp_path / "new" / "curves")))
 
     toy, cup = figures[0].axes
     assert (toy.get_title(), cup.get_title()) == ("toy", "cup catch")
@@ -165,10 +165,6 @@ def different_missing_rates(folder):
     return [write_run(folder / "a", [1.0], missing_rate=0.0), write_run(folder / "b", [1.0], seed=2, missing_rate=0.375)]
 
 
-def different_tasks(folder):
-    return [write_run(folder / "a", [1.0]), write_run(folder / "b", [1.0], task="cup_catch")]
-
-
 def smoothing_of_one(folder):
     return [write_run(folder / "run", [1.0]), "--smoothing", "1"]
 
@@ -185,7 +181,6 @@ def smoothing_of_one(folder):
     (broken_line, "metrics.jsonl, line 1: not JSON"),
     (one_seed_twice, "are both toy, mummi, seed 1: leave one out"),
     (different_missing_rates, "differ in missing_rate, 0.0 and 0.375"),
-    (different_tasks, "are of different tasks, toy and cup_catch: plot them apart"),
     (smoothing_of_one, "--smoothing 1.0 is not allowed"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, bad_input, message):

@@ -257,10 +257,10 @@ FAULTS = [  # name, function, its text, the fault, the test that must fail
      test_replay.test_where_first_is_kept_every_row_is_as_likely_as_any_other),
     ("one episode's memory of another", mssm.MSSM.observe, "first is not None", "False",
      test_mssm.test_another_episode_begins_in_a_state_of_zeros),
-    ("overwritten episodes kept", replay.Replay.add, "e[0] + e[1] <= first or", "True or",
+    ("overwritten episodes kept", replay.Replay.add, "(starts + lengths <= first) |", "(starts >= 0) |",
      test_replay.test_sequences_stay_inside_one_episode_and_return_its_rows_unchanged),
     ("overwritten episodes restored", replay.Replay.load_state_dict,
-     "np.array_equal(serials[start : start + rows], np.full(rows, serial))", "serial in serials[start : start + rows]",
+     "np.array_equal(serials[e[0] : e[0] + e[1]], np.full(e[1], e[2]))", "e[2] in serials[e[0] : e[0] + e[1]]",
      test_replay.test_reopened_it_does_not_draw_what_was_overwritten_since),
 ]  # fmt: skip
 CHOSEN = dict(  # for a test that runs for several

@@ -145,6 +145,9 @@ def test_what_would_change_the_evaluation_of_a_finished_run_is_refused():
         sweep.check_same(folder, dataclasses.replace(config, precision="float32"))
     with pytest.raises(ValueError, match="was trained with --act-by mode, not sample"):
         sweep.check_same(folder, dataclasses.replace(config, act_by="sample"))
+    with pytest.raises(ValueError, match="was trained with --steps 6000, not 3000"):
+        sweep.check_same(folder, dataclasses.replace(config, steps=3000))
+    sweep.check_same(folder, dataclasses.replace(config, steps=9000))  # it would go on
     np.save("clips.npy", np.zeros((3, 30, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="clips.npy hold other clips than those of"):
         sweep.check_same(folder, dataclasses.replace(config, backgrounds="clips.npy"))

@@ -82,7 +82,7 @@ def flat(state, prefix=""):
 def test_a_run_leaves_what_it_promises(folder):
     left = {path.name for path in folder.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoint.pt", "replay", "video-00000600.mp4"} <= left
-    assert not (folder / "checkpoint.tmp").exists()
+    assert not [name for name in left if name.endswith((".tmp", ".new.pt"))]
     evaluations = [line for line in lines(folder) if "eval_return" in line]
     assert [line["steps"] for line in evaluations] == [200, 400, 600]
     losses = [line for line in lines(folder) if "model_loss" in line]
@@ -399,6 +399,19 @@ def test_ablations_have_columns_of_their_own_and_seeds_and_parameters_are_told()
     text = evaluate.markdown(evaluate.pool(records), {})
     assert "| mummi, free_nats 0.0 | mummi, free_nats 3.0 |" in text and "**4.5 ± 0.5**" in text
     assert "| 1.0, 2.0 | 4.0, 5.0 |" in text and "| 1,234 | 1,234 |" in text
+    other = dict(record, seed=1, label="free_nats 0.0", returns=[1.0], task="toy_xy", parameters=99)
+    assert "| 99 or 1,234 | 1,234 |" in evaluate.markdown(evaluate.pool([*records, other]), {})
+
+
+@pytest.mark.parametrize("options, said", [({"remove": ("camera",)}, "--remove camera"), ({"trust": True}, "no usual distances")])
+def test_what_the_last_run_cannot_do_is_known_before_the_first_is_evaluated(folder, tmp_path, monkeypatch, options, said):
+    state = runs.load_checkpoint(folder)
+    state["config"]["seed"], state["modalities"] = 9, {"x": (1,), "y": (1,)}
+    del state["usual"]
+    torch.save(state, tmp_path / "other.pt")
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda *arguments: pytest.fail("evaluated"))
+    with pytest.raises(ValueError, match=said):
+        evaluate.main(evaluate.Options(runs=(str(folder), str(tmp_path / "other.pt")), output=str(tmp_path / "x"), **options))
 
 
 @pytest.mark.parametrize("options, said", [

@@ -251,13 +251,15 @@ def training(seconds=60):
         command = [sys.executable, str(ROOT / "train.py"), *options.split()]
         process = subprocess.Popen(command, cwd=folder, stdout=sys.stderr, start_new_session=True)
         metrics = Path(folder) / "runs" / "x" / "metrics.jsonl"
-        while process.poll() is None and (not seen or time.perf_counter() < seen[0][0] + seconds):
-            time.sleep(0.1)
-            lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []  # the last may be half a line
-            lines = [line for line in map(json.loads, lines) if "model_loss" in line][8:]
-            seen += [(time.perf_counter(), line) for line in lines[len(seen) :]]
-            peak = max(peak, session_memory(process.pid))
-        process.terminate()
+        try:
+            while process.poll() is None and (not seen or time.perf_counter() < seen[0][0] + seconds):
+                time.sleep(0.1)
+                lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []  # the last may be half
+                lines = [line for line in map(json.loads, lines) if "model_loss" in line][8:]
+                seen += [(time.perf_counter(), line) for line in lines[len(seen) :]]
+                peak = max(peak, session_memory(process.pid))
+        finally:
+            process.terminate()
         if process.wait() != 128 + signal.SIGTERM:
             raise ValueError(f"train.py ended with code {process.returncode}; it says why above")
     (begin, first), (end, last) = seen[0], seen[-1]

@@ -5,7 +5,7 @@ that all seeds of its line have reached. Writes <output>.png and .svg, by defaul
 
     python -m tools.plot runs/toy-*                                      # every training episode
     python -m tools.plot runs/toy-* --metric eval_return --smoothing 0   # evaluations as they were
-    python -m tools.plot runs/* --panels                                 # several tasks, a panel each
+    python -m tools.plot runs/*                                          # several tasks, a panel each
     python -m tools.plot runs/toy-* --label weights                      # a line for each value of train.py's --weights
 
 Runs of one panel that differ in anything else than method, seed and what --label names are refused.
@@ -44,7 +44,6 @@ class Options:
     metric: Literal["train_return", "eval_return"] = "train_return"  # of episodes with or without exploration
     smoothing: float = 0.9  # weight of the past in the moving average, Fig. 5; 0 for none
     label: tuple[str, ...] = ()  # options of train.py that may differ: their values stand in the legend
-    panels: bool = False  # one panel a task, as in Fig. 5; else all runs are of one task
     output: str = "runs/curves"  # file name without suffix
 
 
@@ -142,10 +141,6 @@ def main(options):
     if not 0 <= options.smoothing < 1:
         raise ValueError(f"--smoothing {options.smoothing} is not allowed: give at least 0 and less than 1")
     configs = {folder: load_config(folder) for folder in only_runs(options.runs)}
-    tasks = {config.task: folder for folder, config in configs.items()}
-    if len(tasks) > 1 and not options.panels:
-        raise ValueError(f"{' and '.join(tasks.values())} are of different tasks, {' and '.join(tasks)}: "
-                         "plot them apart, or with --panels")  # fmt: skip
     labels = check_comparable(configs, options.label)
     curves = defaultdict(lambda: defaultdict(list))
     for folder, config in configs.items():

@@ -82,7 +82,7 @@ def plan(options, rest):
         for method, seed in itertools.product(options.methods or TABLE_I_METHODS, options.seeds or (1, 2, 3)):
             config = replace(base, method=method, seed=seed)
             check(config)
-            folder = runs / f"{task}-{method}-{seed}"
+            folder = runs / f"{task}-{method}-{seed}".replace("/", "-")
             configs[folder] = replace(config, name="")
             if folder.exists():
                 check_same(folder, configs[folder])
@@ -94,8 +94,8 @@ def check_same(folder, config):
     """Raises ValueError where the folder holds another run than the one asked for."""
     was = vars(load_config(folder))
     late = set() if config.precision == "auto" else {"precision"}
-    if finished(folder, config):  # its evaluations would stay as they are
-        late.add("act_by")
+    if finished(folder, config):  # it would stay as it is
+        late |= {"act_by", "steps"}
         check_backgrounds(folder, config.backgrounds)
     for name, value in vars(config).items():
         if name not in {*MAY_CHANGE, "name"} - late and was[name] != value:
@@ -364,7 +364,7 @@ def write_results(configs, folder):
     text = evaluate.markdown(evaluate.pool(records), references)
     Path(f"{folder}-table.md").write_text(text)
     say(text)
-    plot.main(plot.Options(runs=tuple(map(str, configs)), panels=True, output=f"{folder}-curves"))
+    plot.main(plot.Options(runs=tuple(map(str, configs)), output=f"{folder}-curves"))
     say(f"{folder}-table.md, {folder}-curves.png and .svg: {len(configs)} runs; next: tensorboard --logdir {folder}")
 
 

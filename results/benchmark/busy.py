@@ -36,5 +36,5 @@ def look(root):
 start, roots = time.monotonic(), [int(pid) for pid in sys.argv[1:]]
 while any(Path(f"/proc/{pid}").exists() for pid in roots):
     with suppress(KeyError):
-        print(json.dumps({"seconds": round(time.monotonic() - start)} | {pid: look(pid) for pid in roots}), flush=True)
+        print(json.dumps({"seconds": round(time.monotonic() - start)} | {pid: look(pid) for pid in roots if Path(f"/proc/{pid}").exists()}), flush=True)
     time.sleep(60)

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OPTIONS = ("--task finger_spin --device cpu --num-envs 2 --eval-episodes 2 --prefill 1000 --eval-every 1000 "
            "--updates-per-1000 20 --first-updates 20 --log-every 10 --batch-size 8 --batch-length 16 --channels 8 "
-           "--units 100 --hidden 100 --d-f 256 --horizon 8 --capacity 5000 --steps 1000000").split()  # fmt: skip
+           "--units 100 --hidden 100 --d-f 256 --horizon 8 --capacity 5000 --steps 1000000 --model-updates 0 --prefill-hold 0").split()  # fmt: skip
 
 
 def sample(pid):
