@@ -22,7 +22,7 @@ OPTIONS = """--task finger_spin --device cpu --precision float32 --batch-size 16
 try:
     from methods import make_agent
 
-    OPTIONS += ["--preset", "paper"]
+    OPTIONS += ["--preset", "paper", "--name", "compare"]
 except ImportError:  # c308a48
     from train import make_agent
 SCALARS = "kl model_loss model_grad_norm critic_loss critic_grad_norm actor_loss actor_grad_norm imagined_return".split()
