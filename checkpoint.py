@@ -1,4 +1,4 @@
-"""The folder of a run: configuration, metrics, checkpoints; and what may cut a run short.
+"""The folder of a run: configuration, metrics, checkpoints; and what may interrupt a run.
 
 A checkpoint appears under its name only once it is whole and on disk. A run that is killed at any moment goes on
 from its last one. If a message cannot be printed, only the message is lost.

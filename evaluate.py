@@ -8,7 +8,7 @@ and written to `<output>.md`, `.csv` (each run and condition) and `.json` (every
     python evaluate.py runs/toy-mummi-1                         # Table I: the paper's three rates
     python evaluate.py runs/toy-mummi-1 --video                 # and a film at each of them
     python evaluate.py runs/table_wiping-* --remove workspace   # Table II: all sensors, then without one
-    python evaluate.py runs/* --sensors all --calibration       # every subset of the sensors, and why
+    python evaluate.py runs/* --sensors all --calibration       # every subset of the sensors; how experts agree
     python evaluate.py runs/* --faults all --trust              # sensors that lie, and what the rule of trust.py does
 """
 
