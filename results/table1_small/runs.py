@@ -35,4 +35,4 @@ if __name__ == "__main__":
         kl, imagined, beyond = (np.mean([x[key] for x in last]) for key in ("kl", "imagined_return", "saturated_actions"))
         earned = [x for x in log if "eval_return" in x][-1]["earned_return"]
         print(f"| {name(run)} | {kl:.1f} | {f'{error[0]}, {error[3]}, {error[4]}' if error else ''} | {imagined:.0f}, "
-              f"{earned:.0f} | {beyond:.0%} |")  # fmt: skip
+              f"{earned:.0f} | {100 * beyond:.0f} % |")  # fmt: skip
