@@ -423,10 +423,7 @@ def area_weights(n):
 
 
 class World(gymnasium.Env):
-    """What our own environments share: seeds, the time limit, and reading only the sensors that are `wanted`.
-
-    With `wanted = ()`, `reset` and `step` render nothing.
-    """
+    """What our own environments share: seeds, the time limit, and rendering only the sensors that are `wanted`."""
 
     action_repeat: int
     episode_steps: int
@@ -864,8 +861,11 @@ class Workers(AsyncVectorEnv):
             raise WorkerError(f"an environment failed: {value}")
 
     def _add_info(self, infos, info, i):
-        """What `evaluate.py` reads; other things may have another shape in every environment."""
-        return super()._add_info(infos, {name: x for name, x in info.items() if name == "lying"}, i)
+        """Leave out what has another shape or type in this environment than in those before it."""
+        for name, x in info.items():
+            with suppress(ValueError, TypeError):
+                infos = super()._add_info(infos, {name: x}, i)
+        return infos
 
     def close_extras(self, **kwargs):
         atexit.unregister(self.close)

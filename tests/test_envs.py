@@ -1085,11 +1085,14 @@ def int_100(rng):
 
 
 def test_infos_of_any_shape_harm_nobody(robot):
-    vector = robot(0)
+    vector, fits = robot(0), set()
     for seed in range(20):  # as many contacts as there happen to be
         _, info = vector.reset(seed=[seed, seed + 100])
         *_, after = vector.step(np.zeros((2, 3), np.float32))
-        assert info == after == {}
+        for told in (info, after):
+            assert told["_contacts"][0]
+            fits.add(bool(told["_contacts"][1]))
+    assert False in fits, "one that does not fit is left out"
     vector.close()
 
 
