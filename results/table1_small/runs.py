@@ -18,6 +18,7 @@ def held_out():
 
 
 def name(run):
+    """The task, method and seed of a run's folder, as in the tables."""
     task, method, seed = run.name.rsplit("-", 2)
     return f"`{task}`, {METHODS[method]}, {seed}"
 
