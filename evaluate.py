@@ -95,7 +95,7 @@ def run_episodes(agent, envs, episode_seeds, check=lambda: None, film=False, tru
     returns  returns (num_envs,), and what the agents saw, did and got, one dictionary of (num_envs, ...) a step,
              with the picture `rendered` of the first; with `lying`, and `trusted` and `suspicion` of each sensor
     """
-    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):  # training's numbers stay
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):  # training's generator stays
         torch.manual_seed(episode_seeds[0])
         observation, info = envs.reset(seed=episode_seeds)
         memory, total = agent.initial_memory(envs.num_envs), np.zeros(envs.num_envs)
