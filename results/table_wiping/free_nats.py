@@ -1,4 +1,4 @@
-"""What free nats do to the model: train it anew, without an actor, on a run's replay, and measure as `which_step.py` does.
+"""Train a run's model anew on its replay, alone, with other free nats, and measure it as `which_step.py` does.
 
 `python results/table_wiping/free_nats.py RUN UPDATES NATS ...`
 """

@@ -1,4 +1,4 @@
-"""What a latent tells of its observation: in which episode of the batch it was made, and at which step of it.
+"""Split the InfoNCE bound in two: in which episode of its batch an observation was made, and at which step of it.
 
 `python results/table_wiping/which_step.py RUN ...`: Eq. (15) in nats, on batches drawn as in training from the run's
 replay. log p(step) = log p(episode) + log p(step | episode), so that the bound is the sum of both parts.
