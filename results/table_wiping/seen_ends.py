@@ -13,6 +13,7 @@ import torch
 from which_step import open_batches
 
 from methods import load_agent
+from mssm import State
 
 LENGTH = 25  # decisions that lead to a step
 AHEAD = (1, 5, 10)  # of them imagined
@@ -28,7 +29,7 @@ def goes_on(model, columns, steps):
     filtered = model.observe(pictures, torch.tensor(columns["present"][rows]).bool(), action)
     told = []
     for ahead in (0, *AHEAD):
-        state = type(model.state(filtered))(filtered.h[-1 - ahead], filtered.s_c[-1 - ahead])
+        state = State(filtered.h[-1 - ahead], filtered.s_c[-1 - ahead])
         for a in action[LENGTH - ahead :]:
             state = model.imagine_step(state, a)
         told.append(torch.sigmoid(model.continuation(model.latent(*state))).median().item())
