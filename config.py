@@ -116,7 +116,7 @@ class Behaviour:
     mpc_iterations: int = 1  # of latent-guided MPC; 0 switches it off [code: 1]
     exploration: float = 0.3  # standard deviation of the noise on training actions [code: 0.3]
     act_by: str = "mode"  # of the actor in evaluation: mode or sample.  Dev. D12 [code: sample]
-    continuation: str = "auto"  # learn where episodes end: on, off, or auto (not for the TIMED tasks).  Dev. D22 [ours]
+    continuation: str = "auto"  # learn when episodes end: on, off, or auto, on for gymnasium.make.  Dev. D22 [ours]
 
 
 @dataclass
@@ -283,7 +283,7 @@ def check(config):
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             refuse(name, "one of " + ", ".join(map(str, choices)))
-    if config.continuation == "on" and config.task in environments.TIMED:
+    if config.continuation == "on" and config.task in environments.TASKS:
         refuse("continuation", "auto or off: the time alone ends an episode of this task")
     if not re.fullmatch(r"[\w.+-]{0,100}", config.name) or config.name.startswith("."):
         refuse("name", "at most 100 letters, digits, and _ . + -")
@@ -318,9 +318,8 @@ def sensing(config):
 
 def decide(config):
     """The configuration with every "auto" that depends on the task decided."""
-    off_for = {"standardise": environments.TASKS, "continuation": environments.TIMED}
-    auto = {name: "off" if config.task in tasks else "on" for name, tasks in off_for.items()}
-    return replace(config, **{name: value for name, value in auto.items() if getattr(config, name) == "auto"})
+    auto = [name for name in ("standardise", "continuation") if getattr(config, name) == "auto"]
+    return replace(config, **dict.fromkeys(auto, "off" if config.task in environments.TASKS else "on"))
 
 
 def to_act(config, device):

@@ -60,8 +60,7 @@ TOY = {  # task: its sensors
     "toy_two_cameras": ("front", "rear"),  # Fig. 19
     "toy_xy": ("x", "y"),  # Fig. 20
 }
-TASKS = (*SUITE, "table_wiping", *TOY)
-TIMED = (*SUITE, *TOY)  # time alone ends their episodes
+TASKS = (*SUITE, "table_wiping", *TOY)  # time alone ends their episodes
 SPLITS = ("train", "eval")
 
 

@@ -34,7 +34,7 @@ from backgrounds import summary
 from checkpoint import (Log, Progress, Stopped, StopSignals, check_backgrounds, create_folder, fail, restore,
                         save_checkpoint, say, write_config)  # fmt: skip
 from config import decide, parse, run_folder, sensing
-from envs import TIMED, WorkerError, seeds
+from envs import TASKS, WorkerError, seeds
 from evaluate import act, run_episodes
 from fast import choose_precision, restart_with_quiet_threads
 from methods import make_agent
@@ -57,7 +57,7 @@ def spare_rows(config, envs):
     """Rows to keep beyond the replay's capacity: as many as two checkpoint intervals write."""
     length, repeat = (envs.get_attr(x)[0] for x in ("episode_steps", "action_repeat"))
     episodes = config.eval_every // (repeat * length) + 2 * config.num_envs
-    return min(2 * episodes * (length + ROUND * (config.task not in TIMED) + 1), config.capacity)
+    return min(2 * episodes * (length + ROUND * (config.task not in TASKS) + 1), config.capacity)
 
 
 def random_action(config, rng, action, first, t):
@@ -203,7 +203,7 @@ def main(config):
 
         with closing(Log(folder, config.steps)) as log, StopSignals(folder) as stop:
             check_backgrounds(folder, config.backgrounds)
-            fields = replay_fields(space, action_size, config.continuation == "on", config.task not in TIMED)
+            fields = replay_fields(space, action_size, config.continuation == "on", config.task not in TASKS)
             replay = Replay(folder / "replay", fields, config.capacity, spare_rows(config, envs))
             rng = np.random.default_rng(config.seed)
             progress = restore(folder, agent, replay, rng, log) if config.resume else Progress()

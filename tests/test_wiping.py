@@ -1,4 +1,4 @@
-"""Table Wiping: what the cameras show, what randomisation changes, rewards, ends of episodes, seeds.
+"""Table Wiping: what the cameras show, what randomisation changes, rewards, the end of episodes, seeds.
 
 Skipped where robosuite is not installed: `pip install -r requirements-wiping.txt`.
 """
@@ -45,7 +45,7 @@ def randomized():
 
 
 def rollout(env, seed, decisions=6):
-    """Everything that an environment returns under the same random actions, too small to end the episode."""
+    """Everything that an environment returns under the same small random actions."""
     rng = np.random.default_rng(0)
     results = [env.reset(seed=seed)]
     return results + [env.step(rng.uniform(-0.2, 0.2, 6).astype(np.float32)) for _ in range(decisions)]
@@ -66,11 +66,11 @@ def test_two_cameras_in_the_papers_order(plain):
     assert list(space) == ["workspace", "robot", "present"]
     assert all(space[name] == envs.IMAGE for name in ("workspace", "robot"))
     assert plain.action_space == gymnasium.spaces.Box(-1, 1, (6,), np.float32)
-    assert (plain.action_repeat, plain.episode_steps) == (2, 500)
+    assert (plain.action_repeat, plain.episode_steps) == (2, 250)
     assert plain.reset(seed=0)[0] in space
 
 
-@pytest.mark.parametrize("seed", [0, 4, 9])
+@pytest.mark.parametrize("seed", [1, 4, 9])  # all have dirt in both pictures; every tenth has not
 def test_pictures_are_neither_upside_down_nor_mirrored(plain, seed):
     """Dirt is seen where the camera's pose says that it lies."""
     observation, _ = plain.reset(seed=seed)
@@ -89,10 +89,10 @@ def test_pictures_are_neither_upside_down_nor_mirrored(plain, seed):
     assert brightness[-20:].mean() > 200 > brightness[:8].mean(), "the white table is below, the wall above"
 
 
-def test_there_are_100_markers_and_wiped_ones_vanish(plain):
+def test_there_are_50_markers_and_wiped_ones_vanish(plain):
     _, info = plain.reset(seed=1)
     world = plain.unwrapped
-    assert len(world.markers) == 100 and info["wiped"] == 0
+    assert len(world.markers) == 50 and info["wiped"] == 0
     assert (world.model.geom_rgba[world.discs, 3] == 1).all()
     assert np.ptp(world.data.xpos[world.markers], axis=0)[:2].max() > 0.05
     before = dirt(world.look("birdview")).sum()
@@ -108,7 +108,7 @@ def test_cameras_are_dropped_each_at_its_own_times(plain):
     env = make_env("table_wiping", missing_rate=0.375, randomize=False)
     gaps, complete = rollout(env, 3, 30), rollout(plain, 3, 30)
     env.close()
-    assert (env.missing.sum(0) == round(0.375 * 501)).all() and (env.missing[:, 0] != env.missing[:, 1]).any()
+    assert (env.missing.sum(0) == round(0.375 * 251)).all() and (env.missing[:, 0] != env.missing[:, 1]).any()
     present = np.array([observation["present"] for observation, *_ in gaps])
     assert (present == ~env.missing[:31]).all() and len(np.unique(present, axis=0)) >= 3
     for m, name in enumerate(("workspace", "robot")):
@@ -136,7 +136,7 @@ def test_wiping_is_rewarded(plain):
         rewards.append(reward)
         wiped.append(info["wiped"])
     rewards, new = np.array(rewards), np.diff(wiped)
-    unit = 50 * 1000 / (100 * 50 + 1000 * (0.01 + 50 * 0.51))  # robosuite's, normalised to its horizon
+    unit = 50 * 500 / (50 * 50 + 500 * (0.01 + 50 * 0.51))  # robosuite's, normalised to its horizon
     assert (new > 0).any() and (rewards[new > 0] > 0.9 * unit * new[new > 0]).all()
     assert rewards[new == 0].max() < 0.5 * unit
 
@@ -151,27 +151,22 @@ def test_the_time_limit_truncates(plain):
 
 
 @pytest.mark.dev(17)
-def test_a_joint_limit_costs_and_ends_the_episode(plain):
+def test_a_joint_limit_costs_and_ends_nothing(plain):
     plain.reset(seed=0)
-    for _ in range(100):  # pull the arm away until a joint's limit
-        _, reward, terminated, truncated, _ = plain.step(np.array([-1, 1, 1, 1, 1, 1]))
-        if terminated:
-            break
-        assert reward > -0.1
-    assert -0.4 < reward < -0.2 and terminated and not truncated
-    with pytest.raises(gymnasium.error.ResetNeeded):
-        plain.step(np.zeros(6))
-    plain.reset(seed=0)
-    assert plain.step(np.zeros(6))[2:4] == (False, False)
+    pull = [plain.step(np.array([-1, 1, 1, 1, 1, 1])) for _ in range(60)]  # the arm away, until a joint's limit
+    rewards = np.array([reward for _, reward, *_ in pull])
+    assert rewards[0] > -0.1 and rewards[-1] == pytest.approx(-2 * 10 * 500 / (50 * 50 + 500 * (0.01 + 50 * 0.51)))
+    assert not any(terminated or truncated for *_, terminated, truncated, _ in pull)
 
 
 @pytest.mark.dev(17)
-def test_a_clean_table_ends_the_episode(plain):
+def test_a_clean_table_ends_nothing_and_earns_on(plain):
     plain.reset(seed=0)
     robosuite = plain.unwrapped.environment
     robosuite.wiped_markers = list(robosuite.model.mujoco_arena.markers)
-    assert plain.step(np.zeros(6))[2:4] == (True, False)
-    assert decide(Config(task="table_wiping")).continuation == "on"  # Dev. D22
+    _, reward, *ends, _ = plain.step(np.zeros(6))
+    assert ends == [False, False] and reward == pytest.approx(2 * 0.836, abs=0.01)
+    assert decide(Config(task="table_wiping")).continuation == "off"  # Dev. D22
 
 
 # ---- 3. Randomisation ----
@@ -303,7 +298,7 @@ def test_the_file_works_with_envs_alone(tmp_path):
     command = [sys.executable, "wiping.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and result.stderr == ""
-    assert "(64, 64, 3)" in result.stdout and "of 100 markers wiped" in result.stdout
+    assert "(64, 64, 3)" in result.stdout and "of 50 markers wiped" in result.stdout
 
 
 # ---- 5. The model of section VI ----

@@ -1,7 +1,7 @@
 """Draw what the sensors of each task give during one episode, into <output>/<task>.png.
 
     python -m tools.contact_sheet                               # every installed task, into runs/contact_sheets
-    python -m tools.contact_sheet table_wiping --output docs    # as in the documentation
+    python -m tools.contact_sheet table_wiping --moments 0 45 --output docs    # as in the documentation
     python -m tools.contact_sheet --agent pretrained/walker_walk.pt --moments 226 253
 
 Above, ten moments of an episode of smooth random actions, or of Table Wiping's scripted arm: each camera as the agent

@@ -1,7 +1,6 @@
 """How soon the arm of Table Wiping meets a joint limit or a collision, and whether it gets out again.
 
-`python results/table_wiping/limits.py`: 16 episodes a row, of one seed each; two minutes on one core. `limits.md` is
-from before commit ef02e99, when a limit ended nothing.
+`python results/table_wiping/limits.py`: 16 episodes a row, of one seed each; two minutes on one core.
 """
 
 import sys
@@ -33,7 +32,10 @@ if __name__ == "__main__":
             hit = rewards(world, scale * rng.uniform(-1, 1, (300, 6))) < PENALISED
             first.append(hit.argmax() + 1 if hit.any() else 301)
         quartiles = ", ".join(f"{x:.0f}" for x in np.percentile(first, (25, 50, 75)))
-        print(f"| uniform in ±{scale}, drawn anew | {quartiles} | {sum(x > 300 for x in first)} of {EPISODES} |", flush=True)
+        print(
+            f"| uniform in ±{scale}, drawn anew | {quartiles} | {sum(x > 300 for x in first)} of {EPISODES} |",
+            flush=True,
+        )
     print("\n| 30 decisions of one action, then | penalised decisions of the next 60, by tens |\n|---|---|")
     for then, factor in (("none", 0.0), ("its reverse", -1.0), ("its reverse, a third as large", -1 / 3)):
         shares = []

@@ -1,6 +1,6 @@
 """Does a model of Table Wiping imagine ends where there are none? Sequences of the random phase, filtered, then imagined.
 
-`python results/table_wiping/imagined_ends.py RUN ...`: the share of 200 arms that still move after so many decisions.
+`python results/table_wiping/earlier/imagined_ends.py RUN ...`: the share of 200 arms that still move after so many decisions.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from config import load_config
 from methods import load_agent

@@ -1,6 +1,6 @@
 """Does a model see where an episode ends? Its probability that the episode goes on, at ends and at other steps.
 
-`python results/table_wiping/seen_ends.py RUN ...`: the medians over steps of the replay's last 6,000, with the 25
+`python results/table_wiping/earlier/seen_ends.py RUN ...`: the medians over steps of the replay's last 6,000, with the 25
 decisions that led to them. `seen`: all were observed. `1 ahead`: the last one was imagined, with the action that was
 taken.
 """

@@ -1,6 +1,6 @@
 """Split the InfoNCE bound in two: in which episode of its batch an observation was made, and at which step of it.
 
-`python results/table_wiping/which_step.py RUN ...`: Eq. (15) in nats, on batches drawn as in training from the run's
+`python results/table_wiping/earlier/which_step.py RUN ...`: Eq. (15) in nats, on batches drawn as in training from the run's
 replay. log p(step) = log p(episode) + log p(step | episode), so that the bound is the sum of both parts.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from checkpoint import load_checkpoint
 from config import load_config

@@ -1,6 +1,6 @@
 """Train a run's model anew on its replay, alone, with other free nats, and measure it as `which_step.py` does.
 
-`python results/table_wiping/free_nats.py RUN UPDATES NATS ...`
+`python results/table_wiping/earlier/free_nats.py RUN UPDATES NATS ...`
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Why episodes of a trained agent end: `python results/table_wiping/why_it_ends.py AGENT`, 30 episodes, 37.5 % missing."""
+"""Why episodes of a trained agent end: `python results/table_wiping/earlier/why_it_ends.py AGENT`, 30 episodes, 37.5 % missing."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from envs import make_env
 from methods import load_agent
