@@ -284,7 +284,7 @@ def check(config):
         if getattr(config, name) not in choices:
             refuse(name, "one of " + ", ".join(map(str, choices)))
     if config.continuation == "on" and config.task in environments.TASKS:
-        refuse("continuation", "auto or off: the time alone ends an episode of this task")
+        refuse("continuation", "auto or off: time alone ends an episode of this task")
     if not re.fullmatch(r"[\w.+-]{0,100}", config.name) or config.name.startswith("."):
         refuse("name", "at most 100 letters, digits, and _ . + -")
     env = environments.make_env(config.task, **sensing(config))  # raises ValueError for what else there is to sense

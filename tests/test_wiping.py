@@ -70,7 +70,7 @@ def test_two_cameras_in_the_papers_order(plain):
     assert plain.reset(seed=0)[0] in space
 
 
-@pytest.mark.parametrize("seed", [1, 4, 9])  # all have dirt in both pictures; every tenth has not
+@pytest.mark.parametrize("seed", [1, 4, 9])  # both cameras see dirt; at one start in ten `robot` sees none
 def test_pictures_are_neither_upside_down_nor_mirrored(plain, seed):
     """Dirt is seen where the camera's pose says that it lies."""
     observation, _ = plain.reset(seed=seed)

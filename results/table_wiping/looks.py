@@ -5,8 +5,9 @@ another in every episode, every 25 decisions, or every decision; and fewer episo
 trained on each, 2,000 updates, and its error of the reward measured on eight more episodes, with 37.5 % missing. FOLDER
 keeps the episodes (1.5 GB).
 
-prints  the mean square error of the reward as a share of its variance: of the last 100 updates, and on new episodes
-        with the original look and with new ones, of what is observed and 5 decisions ahead of it; the bounds in nats
+prints  the mean square error of the reward as a share of its variance, on the sequences of the last 100 updates, on
+        eight whole episodes that it was trained on, and on new ones with the original look and with new looks, of
+        what is observed and 5 decisions ahead of it; the bounds in nats
 """
 
 import sys
@@ -102,24 +103,16 @@ if __name__ == "__main__":
     config = parse(
         "--task table_wiping --preset small --reward-weight 100 --precision float32 --name looks.tmp".split()
     )
-    print(
-        "| look, lasts | in training | original look: observed, 5 ahead | new looks: observed, 5 ahead | bounds |",
-        flush=True,
-    )
-    print("|---|---|---|---|---|", flush=True)
+    print("| look, lasts | sequences | eight known episodes | new, original look | new, new looks | bounds |")
+    print("|---|---|---|---|---|---|", flush=True)
     for run in sys.argv[2:] or [*LOOKS, "each episode,20", "each episode,10"]:
         look, _, count = run.partition(",")
-        agent, rng, logs = (
-            make_agent(config, make_env("table_wiping").observation_space, 6),
-            np.random.default_rng(0),
-            [],
-        )
-        for _ in range(UPDATES):
-            logs.append(agent.update(batch(train[: int(count or EPISODES)], look, rng), behaviour=False))
+        agent, rng = make_agent(config, make_env("table_wiping").observation_space, 6), np.random.default_rng(0)
+        known = train[: int(count or EPISODES)]
+        logs = [agent.update(batch(known, look, rng), behaviour=False) for _ in range(UPDATES)]
         last = {key: float(torch.stack([log[key] for log in logs[-100:]]).mean()) for key in logs[-1]}
         share = last["reward_square_error"] / last["reward_variance"]
-        told = [
-            ", ".join(f"{x:.2f}" for x in errors(agent.model, new, which)) for which in ("original", "each episode")
-        ]
+        asked = ((known[:NEW], look), (new, "original"), (new, "each episode"))
+        told = " | ".join(", ".join(f"{x:.2f}" for x in errors(agent.model, *which)) for which in asked)
         bounds = ", ".join(f"{last[f'information_{name}']:.2f}" for name in CAMERAS)
-        print(f"| {run} | {share:.2f} | {told[0]} | {told[1]} | {bounds}; KL {last['kl']:.1f} |", flush=True)
+        print(f"| {run} | {share:.2f} | {told} | {bounds}; KL {last['kl']:.1f} |", flush=True)
