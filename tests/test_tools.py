@@ -95,5 +95,7 @@ def test_a_sheet_of_an_agent_shows_its_own_episode_and_the_moments_asked_for(tmp
     assert reward.lines[0].get_ydata().sum() > 100, "random actions earn 0"
     with pytest.raises(ValueError, match="checkpoint.pt is missing"):
         contact_sheet.main(contact_sheet.Options(agent=str(tmp_path / "nothing"), output=str(tmp_path)))
+    with pytest.raises(ValueError, match="toy and --agent: an agent acts in its own task; give one of both"):
+        contact_sheet.main(contact_sheet.Options(("toy",), agent=str(agent), output=str(tmp_path)))
     with pytest.raises(ValueError, match="--moments 10 501: give two decisions of 0 to 500, in order"):
         contact_sheet.main(contact_sheet.Options(agent=str(agent), moments=(10, 501), output=str(tmp_path)))

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 import tools
 from checkpoint import load_checkpoint, say
+from config import make_config, sensing
 from envs import TASKS, make_env
 from methods import load_agent
 from wiping import scripted_action
@@ -31,7 +32,7 @@ class Options:
     """What to draw."""
 
     tasks: tyro.conf.Positional[tuple[Literal[TASKS], ...]] = TASKS  # type: ignore[valid-type]
-    agent: str = ""  # a run or a file of weights: draw an episode of it, on its own task
+    agent: str = ""  # a run or a file of weights: draw an episode of it, on its own task and backgrounds
     moments: tuple[int, int] | None = None  # the first and the last decision to picture
     output: str = "runs/contact_sheets"  # folder
 
@@ -41,7 +42,8 @@ def record(task, agent, shown):
     if task not in TASKS:
         raise ValueError(f"{agent} acts in {task}: give an agent of {', '.join(TASKS)}")
     player = load_agent(agent) if agent else None
-    env = make_env(task, seed=8 if task == "table_wiping" else SEED, split="eval" if agent else "train")
+    own = sensing(make_config(load_checkpoint(agent)["config"], agent)) | {"split": "eval"} if agent else {}
+    env = make_env(task, seed=8 if task == "table_wiping" else SEED, **own)
     rng, world, images, vectors = np.random.default_rng(0), env.unwrapped, {}, {}
     (observation, info), action, reward = env.reset(), np.zeros(env.action_space.shape), 0.0
     while True:
@@ -114,14 +116,15 @@ def draw(task, agent="", shown=None):
 
 def main(options):
     """Draw the tasks. Raises ValueError for an agent that cannot act, and where nothing can be written."""
-    agent, output = options.agent, options.output
-    for task in (load_checkpoint(agent)["config"]["task"],) if agent else options.tasks:
-        (picture,) = tools.output_files(f"{output}/{task}{'_agent' if agent else ''}", ".png")
+    if options.agent and options.tasks != TASKS:
+        raise ValueError(f"{' '.join(options.tasks)} and --agent: an agent acts in its own task; give one of both")
+    for task in (load_checkpoint(options.agent)["config"]["task"],) if options.agent else options.tasks:
+        (picture,) = tools.output_files(f"{options.output}/{task}{'_agent' if options.agent else ''}", ".png")
         try:
-            draw(task, agent, options.moments).savefig(picture, dpi=80, bbox_inches="tight")
+            draw(task, options.agent, options.moments).savefig(picture, dpi=80, bbox_inches="tight")
             say(f"{picture}")
         except ValueError as error:  # Table Wiping without robosuite
-            if agent:
+            if options.agent:
                 raise
             say(f"{task}: {error}")
 
