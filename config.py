@@ -301,8 +301,7 @@ def check(config):
     if config.capacity < steps + 1:
         refuse("capacity", f"at least {steps + 1}, an episode of {config.task}")
     choose_device(config.device)
-    folder = run_folder(config)
-    if not config.resume and folder.exists():
+    if not config.resume and (folder := run_folder(config)).exists():
         raise ValueError(f"{folder} exists already: give another --name, or go on with --resume {folder}")
 
 
@@ -330,27 +329,28 @@ def to_act(config, device):
 def check_comparable(configs, label=()):
     """Raises ValueError where two runs of a task differ in more than method, seed and `label`, or not even in these.
 
-    configs  {folder: Config}
+    configs  {folder: Config}; of a run's backgrounds, what they hold is compared, wherever they lie
     label    options that may differ: they are part of a run's name in tables and figures
     returns  {folder: ("free_nats 1", ...)}, empty without a label
     """
     known, label = {field.name for field in fields(Config)}, [name.replace("-", "_") for name in label]
-    for name in label:
-        if name not in known:
-            raise ValueError(f"--label {name} is no option of train.py: give one like free_nats")
-    first, seen, labels = {}, {}, {}
+    if unknown := set(label) - known:
+        raise ValueError(f"--label {min(unknown)} is no option of train.py: give one like free_nats")
+    first, held, seen, labels = {}, {}, {}, {}
     for folder, config in configs.items():
-        other = first.setdefault(config.task, folder)
+        other, clips = first.setdefault(config.task, folder), Path(folder) / "backgrounds.json"
+        held[folder] = json.loads(clips.read_text())["fingerprint"] if clips.exists() else None
         for name in sorted(known - {*MAY_DIFFER, *label}):
             was, now = getattr(configs[other], name), getattr(config, name)
+            if name == "backgrounds" and held[other] and held[folder]:
+                was, now = held[other], held[folder]
             if was != now:
                 raise ValueError(f"{other} and {folder} differ in {name}, {was} and {now}: take them apart, or give "
                                  f"--label {name}")  # fmt: skip
         labels[folder] = tuple(f"{name} {getattr(config, name)}" for name in label)
         run = config.task, config.method, config.seed, *labels[folder]
-        if run in seen:
-            raise ValueError(f"{seen[run]} and {folder} are both {run[0]}, {run[1]}, seed {run[2]}: leave one out")
-        seen[run] = folder
+        if (twin := seen.setdefault(run, folder)) != folder:
+            raise ValueError(f"{twin} and {folder} are both {run[0]}, {run[1]}, seed {run[2]}: leave one out")
     return labels
 
 

@@ -387,6 +387,25 @@ def test_evaluation_refuses_runs_that_are_not_comparable():
         check_comparable(configs)
 
 
+def test_backgrounds_are_compared_by_what_they_hold(tmp_path):
+    """Runs of two machines have their clips in two places; one place may hold other clips today."""
+    def run(name, path, fingerprint=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        if fingerprint:
+            (folder / "backgrounds.json").write_text(json.dumps({"path": path, "fingerprint": fingerprint}))
+        return {folder: Config(seed=len(list(tmp_path.iterdir())), backgrounds=path)}
+
+    here = run("a", "/here", "1f")
+    assert check_comparable(here | run("b", "/there", "1f"), ["backgrounds"]) == {
+        tmp_path / "a": ("backgrounds /here",), tmp_path / "b": ("backgrounds /there",)}
+    check_comparable(here | run("c", "/there", "1f") | run("published", "/here"))
+    with pytest.raises(ValueError, match="a and .*d differ in backgrounds, 1f and 2e: take them apart"):
+        check_comparable(here | run("d", "/here", "2e"))
+    with pytest.raises(ValueError, match="a and .*e differ in backgrounds, /here and /there"):
+        check_comparable(here | run("e", "/there"))
+
+
 def test_the_table_says_how_long_runs_were_trained():
     record = dict(task="toy", sensors="position", missing="None", method="mummi", returns=[1.0])
     records = [dict(record, seed=1, steps=6_000), dict(record, seed=2, steps=4_800)]
